@@ -1,0 +1,124 @@
+"""The alignment loss. One door, ``alignment_loss``; behind it the definition (``reference``) and its Triton kernels.
+
+Nothing in this package imports Composer.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from let_composer.loss import reference
+
+__all__ = ["Implementation", "Resize", "alignment_loss", "target_sum"]
+
+Resize = Literal["teacher", "student"]
+Implementation = Literal["auto", "triton", "torch"]
+
+
+def alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    teacher_mean: Tensor | None = None,
+    teacher_std: Tensor | None = None,
+    resize: Resize = "teacher",
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Mean negative cosine between a student's and a frozen teacher's hidden states.
+
+    ``L = mean over tokens with mask of -cos(student, resize((teacher - teacher_mean) / teacher_std))``
+
+    The negative cosine per token is the paper's L_proj (arXiv 2602.05393); the mean over tokens, the treatment of rows
+    without a direction and ``align_corners=False`` are our choice, the paper's record is silent.
+
+    Args:
+        student: Hidden states of the student, ``[..., D_s]``. The only input that receives a gradient.
+        teacher: Hidden states of the teacher, ``[..., D_t]``, detached.
+        mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
+        teacher_mean: Subtracted from every teacher row, ``[D_t]``. Default: ``None``.
+        teacher_std: Divides every teacher row, ``[D_t]``, positive. Default: ``None``.
+        resize: Whose features are linearly interpolated to the other's width when ``D_s != D_t``.
+            Default: ``"teacher"``.
+        implementation: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA, torch elsewhere. Default: ``"auto"``.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 inputs), between -1 and 1; 0 when no token counts. Nothing is synchronised with
+        the host.
+
+    Raises:
+        ValueError: If shapes or options do not fit, or the teacher requires a gradient.
+    """
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student and teacher must agree in all but the last dimension, got {list(student.shape)} and "
+            f"{list(teacher.shape)}. Run both models on the same tokens."
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            "the teacher is frozen, but these teacher states require a gradient, which would be dropped silently. "
+            "Run the teacher under torch.no_grad() or pass teacher.detach()."
+        )
+    _check_option("resize", resize, Resize)
+    mask = _checked_mask(mask, teacher)
+    _check_statistics(teacher, teacher_mean, teacher_std)
+    function = _implementation(implementation, student).alignment_loss
+    return function(student, teacher, mask, teacher_mean, teacher_std, resize)
+
+
+def target_sum(
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    width: int | None = None,
+    teacher_mean: Tensor | None = None,
+    teacher_std: Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Sum of the unit target vectors, the diagnostic beside the cosine.
+
+    ``|target_sum| / number of tokens`` is the best mean cosine that one constant vector reaches against these targets.
+
+    Args:
+        teacher: Hidden states of the teacher, ``[..., D_t]``.
+        mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
+        width: The width in which cosines are taken: ``D_s`` when the teacher is resized. Default: ``None``, ``D_t``.
+        teacher_mean: As in :func:`alignment_loss`. Default: ``None``.
+        teacher_std: As in :func:`alignment_loss`. Default: ``None``.
+        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
+
+    Returns:
+        ``[width]`` in fp32 (fp64 for fp64 inputs), without a gradient.
+    """
+    mask = _checked_mask(mask, teacher)
+    _check_statistics(teacher, teacher_mean, teacher_std)
+    function = _implementation(implementation, teacher).target_sum
+    return function(teacher.detach(), mask, teacher.shape[-1] if width is None else width, teacher_mean, teacher_std)
+
+
+def _check_option(name: str, value: str, options: object) -> None:
+    if value not in get_args(options):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}.")
+
+
+def _checked_mask(mask: Tensor | None, teacher: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones(teacher.shape[:-1], dtype=torch.bool, device=teacher.device)
+    if mask.shape != teacher.shape[:-1] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be a boolean tensor of shape {list(teacher.shape[:-1])}, one value per token, got {mask.dtype} "
+            f"of shape {list(mask.shape)}."
+        )
+    return mask
+
+
+def _check_statistics(teacher: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
+    for name, value in (("teacher_mean", mean), ("teacher_std", std)):
+        if value is not None and value.shape != teacher.shape[-1:]:
+            raise ValueError(f"{name} must have shape {list(teacher.shape[-1:])}, got {list(value.shape)}.")
+
+
+def _implementation(name: str, example: Tensor):
+    _check_option("implementation", name, Implementation)
+    return reference
