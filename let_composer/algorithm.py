@@ -1,0 +1,466 @@
+"""LET as a Composer algorithm. The only file that sees State, Event, Logger or a batch."""
+
+import difflib
+import gc
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from composer.core import Algorithm, Event, Precision, State, Time, get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from let_composer.annealing import Anneal, annealed_weight, parse_stop, resolve_stop
+from let_composer.loss import Implementation, Resize, alignment_loss, target_sum
+from let_composer.pile import check_manifest
+from let_composer.statistics import FeatureStatistics, Normalize
+from let_composer.student import Capture, matmul_parameters, resolve_layer
+from let_composer.teacher import Placement, Teacher, check_vocabulary, read_vocabulary
+
+__all__ = ["LET"]
+
+log = logging.getLogger(__name__)
+
+_IGNORED = -100  # label of a token that generates no loss, in llm-foundry and Hugging Face
+
+_SETUP = frozenset({Event.INIT, Event.AFTER_LOAD, Event.FIT_START})
+_GUIDED = _SETUP | {
+    Event.BATCH_START,
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.AFTER_LOSS,
+    Event.AFTER_TRAIN_BATCH,
+    Event.BATCH_END,
+}
+_OFF: frozenset[Event] = frozenset()
+
+
+class LET(Algorithm):
+    """Late-to-Early Training (`arXiv 2602.05393 <https://arxiv.org/abs/2602.05393>`_): for the first part of the run, a
+    small frozen teacher's late hidden states guide an early layer of the student.
+
+    ``loss = student's loss + weight(t) * mean over loss-generating tokens of -cos(student layer, teacher layer)``
+
+    Runs on ``Event.AFTER_LOAD`` (find the block, load the teacher), ``BATCH_START`` (weight), ``BEFORE_FORWARD`` and
+    ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term), ``AFTER_TRAIN_BATCH`` and ``BATCH_END``
+    (metrics; when the weight has reached zero, free the teacher). After that, and always with ``weight: 0``, it matches
+    no event. A guided step costs the teacher's forward without its LM head; nothing is synchronised with the host
+    between ``BATCH_START`` and ``AFTER_TRAIN_BATCH``.
+
+    The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
+    share token ids.
+
+    Args:
+        teacher: A causal decoder: hub id, with ``@revision`` if need be, local folder in the Hugging Face format, or
+            ``.gguf`` file. Default: ``"EleutherAI/pythia-160m"``, which shares the vocabulary of llm-foundry's MPT
+            YAMLs and was trained on the Pile.
+        student_layer: Number of student blocks passed, as in HF ``hidden_states[3]``; negative counts from the end. Or
+            the dotted path of any module, for models whose blocks are not found. Default: ``3``, our choice (paper: "an
+            early layer").
+        teacher_layer: Teacher hidden state; ``-1`` is the last, after the final norm. Default: ``-1`` (paper: the last
+            layer; after the norm is our choice).
+        weight: Weight at the start, finite and not negative (paper: lambda_0). Default: ``0.1`` (paper).
+        stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once,
+            and kept in checkpoints. Default: ``"0.3dur"``, our choice, the paper is silent.
+        anneal: ``"linear"`` (paper) or ``"cosine"`` from ``weight`` to 0 at ``stop``; ``"constant"`` until ``stop``.
+            Default: ``"linear"``.
+        resize: Whose features are linearly interpolated where the widths differ, ``"teacher"`` or ``"student"``.
+            Default: ``"teacher"`` (sources on the paper disagree).
+        normalize_teacher: ``"none"`` (paper); ``"center"`` subtracts the running mean of every teacher feature;
+            ``"standardize"`` also divides by its running deviation. Statistics of earlier batches are used, so the very
+            first batch is not normalised. Default: ``"none"``.
+        placement: ``"replicate"`` keeps the teacher on every rank; ``"shard"`` spreads it over all ranks (FSDP2), which
+            excludes ``device_train_microbatch_size: auto``. Default: ``"replicate"``.
+        implementation: Of the alignment loss: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on CUDA. Default:
+            ``"auto"``.
+        trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
+
+    Logs, exact over microbatches and ranks: ``let/weight``, ``let/active`` and ``let/teacher_flops_share`` (the
+    teacher's share of a guided step's matmul FLOPs) at the start of a batch; ``let/loss`` (the term, unweighted),
+    ``let/lm_loss`` (the student's loss before the term is added), ``let/cosine`` and ``let/constant_cosine`` (what the
+    best constant vector would score) at its end, all under the batch's own step.
+
+    Raises:
+        TypeError: For an unknown or wrongly typed argument.
+        ValueError: For a value out of range; at ``AFTER_LOAD`` or ``FIT_START`` for one that does not fit the run.
+    """
+
+    def __init__(
+        self,
+        teacher: str = "EleutherAI/pythia-160m",
+        student_layer: int | str = 3,
+        teacher_layer: int = -1,
+        weight: float = 0.1,
+        stop: str = "0.3dur",
+        anneal: Anneal = "linear",
+        resize: Resize = "teacher",
+        normalize_teacher: Normalize = "none",
+        placement: Placement = "replicate",
+        implementation: Implementation = "auto",
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise TypeError(_unknown_keys(unknown))
+        _require_type("teacher", teacher, str, "a hub id or a path")
+        _require_type("student_layer", student_layer, (int, str), "a number of blocks or a dotted path")
+        _require_type("teacher_layer", teacher_layer, int, "a number of blocks")
+        _require_type("weight", weight, (int, float), "a number")
+        _require_type("trust_remote_code", trust_remote_code, bool, "true or false")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight must be finite and not negative, got {weight}. The paper's value is 0.1.")
+        if student_layer == 0 or teacher_layer == 0:
+            raise ValueError(
+                "student_layer and teacher_layer count the blocks passed, from 1; 0 would be the embeddings, which see "
+                "no context."
+            )
+        for name, value, options in (
+            ("anneal", anneal, Anneal),
+            ("resize", resize, Resize),
+            ("normalize_teacher", normalize_teacher, Normalize),
+            ("placement", placement, Placement),
+            ("implementation", implementation, Implementation),
+        ):
+            if value not in get_args(options):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}.")
+
+        self.teacher_name = teacher
+        self.student_layer = student_layer
+        self.teacher_layer = teacher_layer
+        self.weight = float(weight)
+        self.stop = stop
+        self.anneal: Anneal = anneal
+        self.resize: Resize = resize
+        self.placement: Placement = placement
+        self.implementation: Implementation = implementation
+        self.trust_remote_code = trust_remote_code
+        self._stop = parse_stop(stop)
+        self._statistics = FeatureStatistics(normalize_teacher)
+        self._repr = (
+            f"LET(teacher={teacher!r}, student_layer={student_layer!r}, teacher_layer={teacher_layer}, "
+            f"weight={self.weight}, stop={stop!r}, anneal={anneal!r}, resize={resize!r}, "
+            f"normalize_teacher={normalize_teacher!r})"
+        )
+
+        self._events = _SETUP if self.weight > 0 else _OFF
+        self._end: Time | None = None  # stop in ba, tok or sp
+        self._teacher: Teacher | None = None
+        self._capture: Capture | None = None
+        self._student_parameters = 0
+        self._weight = 0.0  # of this batch
+        self._term: Tensor | None = None  # of this microbatch, between AFTER_FORWARD and AFTER_LOSS
+        self._sums: dict[str, Tensor] = {}  # of this batch, in fp64 on the device
+
+    def __repr__(self) -> str:  # the engine evaluates it for every event
+        return self._repr
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether there is anything to do: never with ``weight: 0`` or once the teacher is gone."""
+        return event in self._events
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """One event of the method; see the class for which does what."""
+        if event == Event.INIT:
+            self._student_parameters = matmul_parameters(state.model)  # before FSDP shards them
+        elif event == Event.AFTER_LOAD:
+            self._set_up(state, logger)
+        elif event == Event.FIT_START:
+            self._resolve_end(state, required=True)
+            self._retire_if_over(state, logger)
+        elif event == Event.BATCH_START:
+            self._weight = self._weight_at(state)
+            logger.log_metrics(
+                {
+                    "let/weight": self._weight,
+                    "let/active": 1.0,
+                    "let/teacher_flops_share": self._teacher_flops_share(),
+                }
+            )
+        elif event == Event.BEFORE_TRAIN_BATCH:  # also the entry of a retry after an out-of-memory error
+            self._forget()
+        elif event == Event.BEFORE_FORWARD:
+            assert self._capture is not None
+            self._capture.arm()
+        elif event == Event.AFTER_FORWARD:
+            self._align(state)
+        elif event == Event.AFTER_LOSS:
+            self._add_term(state)
+        elif event == Event.AFTER_TRAIN_BATCH:
+            self._reduce()
+        elif event == Event.BATCH_END:
+            self._report(state, logger)
+            self._retire_if_over(state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the resolved end and the running statistics, as plain Python values."""
+        return {
+            **super().state_dict(),
+            "teacher": self.teacher_name,
+            "student_layer": self.student_layer,
+            "teacher_layer": self.teacher_layer,
+            "stop": self.stop,
+            "end": None if self._end is None else self._end.to_timestring(),
+            "statistics": self._statistics.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the end of the guidance and the statistics; warn where the checkpoint was made otherwise."""
+        for key, ours in (
+            ("teacher", self.teacher_name),
+            ("student_layer", self.student_layer),
+            ("teacher_layer", self.teacher_layer),
+            ("stop", self.stop),
+        ):
+            if key in state and state[key] != ours:
+                log.warning("the checkpoint was made with %s: %r, this run goes on with %r.", key, state[key], ours)
+        if state.get("end") and state.get("stop") == self.stop:
+            self._end = Time.from_timestring(state["end"])
+        if (state.get("teacher"), state.get("teacher_layer")) == (self.teacher_name, self.teacher_layer):
+            self._statistics.load_state_dict(state["statistics"])
+
+    def _set_up(self, state: State, logger: Logger) -> None:
+        self._resolve_end(state, required=False)
+        if self._end is not None and self._weight_at(state) == 0:
+            log.info("LET ended at %s: the teacher is not loaded.", self._end.to_timestring())
+            self._events = _OFF
+            return
+        for folder, length in _shards(state.train_dataloader):
+            check_manifest(folder, _tokenizer(state), length)
+        path, block = resolve_layer(state.model, self.student_layer)
+        self._check_parallelism(state)
+        device = state.device._device
+        example = torch.zeros(1, 8, device=device)
+        alignment_loss(example, example, implementation=self.implementation)  # says now if it cannot run here
+        with dist.run_local_rank_zero_first():
+            vocabulary = read_vocabulary(self.teacher_name, self.trust_remote_code)
+            self._teacher = Teacher(
+                self.teacher_name,
+                layer=self.teacher_layer,
+                device=device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        check_vocabulary(_vocabulary(state), vocabulary, self._teacher.rows, self.teacher_name)
+        if self.placement == "shard":
+            self._teacher.shard()
+        self._capture = Capture(block)
+        self._events = _GUIDED
+        logger.log_hyperparameters(
+            {
+                "let/teacher": self.teacher_name,
+                "let/teacher_parameters": self._teacher.parameters,
+                "let/student_module": path,
+                "let/stop": self.stop if self._end is None else self._end.to_timestring(),
+            }
+        )
+        log.info(
+            "LET: %s of the student follows layer %d of %s (%.1fM parameters without embeddings and head), weight %g, %s "
+            "until %s.",
+            path,
+            self.teacher_layer,
+            self.teacher_name,
+            self._teacher.parameters / 1e6,
+            self.weight,
+            self.anneal,
+            self.stop,
+        )
+
+    def _check_parallelism(self, state: State) -> None:
+        if self.placement != "shard":
+            return
+        if dist.get_world_size() == 1:
+            raise ValueError(
+                "placement: shard needs at least two ranks, this run has one. Use placement: replicate, the default."
+            )
+        if state.auto_microbatching:
+            raise ValueError(
+                "placement: shard does not work with device_train_microbatch_size: auto, because a rank that runs out "
+                "of memory would leave the others waiting. Set a number, or use placement: replicate."
+            )
+
+    def _resolve_end(self, state: State, required: bool) -> None:
+        if self._end is not None:
+            return
+        if state.max_duration is None:
+            if required:
+                raise ValueError("LET needs max_duration to know when to stop. Give it to the Trainer or to fit().")
+            return
+        length = state.dataloader_len
+        if length is None and state.train_dataloader is None and not required:
+            return
+        self._end = resolve_stop(self._stop, state.max_duration, None if length is None else int(length))
+
+    def _weight_at(self, state: State) -> float:
+        assert self._end is not None
+        elapsed = state.timestamp.get(self._end.unit).value
+        return annealed_weight(elapsed, self._end.value, self.weight, self.anneal)
+
+    def _align(self, state: State) -> None:
+        assert self._capture is not None and self._teacher is not None
+        student = self._capture.take()
+        mask = _loss_generating(state.batch)
+        with torch.no_grad(), get_precision_context(Precision(state.precision), state.precision_config):
+            teacher = self._teacher.hidden(state.batch["input_ids"], state.batch.get("attention_mask"))
+        mean, std = self._statistics.mean_and_std()
+        self._term = alignment_loss(
+            student,
+            teacher,
+            mask,
+            teacher_mean=mean,
+            teacher_std=std,
+            resize=self.resize,
+            implementation=self.implementation,
+        )
+        targets = target_sum(
+            teacher,
+            mask,
+            width=student.shape[-1] if self.resize == "teacher" else None,
+            teacher_mean=mean,
+            teacher_std=std,
+            implementation=self.implementation,
+        )
+        self._count("tokens", mask.sum())
+        self._count("loss", mask.sum() * self._term.detach())
+        self._count("targets", targets)
+        self._count("features", self._statistics.sums(teacher, mask))
+
+    def _add_term(self, state: State) -> None:
+        assert self._term is not None
+        self._count("lm_loss", _loss_generating(state.batch).sum() * _total(state.loss).detach())
+        state.loss = _plus(state.loss, self._weight * self._term)
+        self._term = None
+
+    def _forget(self) -> None:
+        assert self._capture is not None
+        self._capture.clear()
+        self._term = None
+        self._sums = {}
+
+    def _count(self, name: str, value: Tensor) -> None:
+        value = value.double().reshape(-1)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _reduce(self) -> None:
+        flat = torch.cat(list(self._sums.values()))
+        dist.all_reduce(flat)
+        sizes = [value.numel() for value in self._sums.values()]
+        self._sums = dict(zip(self._sums, flat.split(sizes), strict=True))
+        self._statistics.update(self._sums["features"])
+
+    def _report(self, state: State, logger: Logger) -> None:
+        # Composer has fetched this batch's loss by now, so reading these does not make the device wait. The timestamp
+        # has moved on; the step is the one under which Composer logged the loss.
+        tokens = self._sums["tokens"].clamp(min=1)
+        constant = torch.linalg.vector_norm(self._sums["targets"]) / tokens
+        loss, lm_loss, constant_cosine = torch.cat(
+            [self._sums["loss"] / tokens, self._sums["lm_loss"] / tokens, constant]
+        ).tolist()
+        logger.log_metrics(
+            {
+                "let/loss": loss,
+                "let/lm_loss": lm_loss,
+                "let/cosine": -loss,
+                "let/constant_cosine": constant_cosine,
+            },
+            step=state.timestamp.batch.value - 1,
+        )
+
+    def _retire_if_over(self, state: State, logger: Logger) -> None:
+        if self._teacher is None or self._weight_at(state) > 0:
+            return
+        device = state.device._device
+        cuda = device.type == "cuda"
+        size = sum(p.numel() * p.element_size() for p in self._teacher.body.parameters())
+        before = torch.cuda.memory_allocated(device) if cuda else size
+        self._forget()
+        assert self._capture is not None
+        self._capture.remove()
+        self._capture = self._teacher = None
+        self._events = _OFF
+        gc.collect()  # modules hold reference cycles
+        if cuda:
+            torch.cuda.empty_cache()
+        returned = before - (torch.cuda.memory_allocated(device) if cuda else 0)
+        logger.log_metrics({"let/weight": 0.0, "let/active": 0.0})
+        log.info(
+            "LET ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
+            state.timestamp.batch.value,
+            returned / 2**20,
+        )
+
+    def _teacher_flops_share(self) -> float:
+        assert self._teacher is not None
+        teacher, student = 2 * self._teacher.parameters, 6 * self._student_parameters
+        return teacher / (teacher + student)
+
+
+def _loss_generating(batch: Mapping[str, Any]) -> Tensor:
+    """The positions whose next token is predicted, ``[B, S]``: those that Composer counts and the student's loss
+    averages over."""
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"LET needs batches with 'labels', as causal language modelling has them. Got {', '.join(batch)}."
+        )
+    return F.pad(labels[:, 1:] != _IGNORED, (0, 1), value=False)
+
+
+def _total(loss: Any) -> Tensor:
+    """The scalar that Composer would train on."""
+    if isinstance(loss, Mapping):
+        return loss["total"].mean() if "total" in loss else _total(tuple(loss.values()))
+    if isinstance(loss, (tuple, list)):
+        return torch.stack([part.mean() for part in loss]).sum()
+    return loss.mean()
+
+
+def _plus(loss: Any, term: Tensor) -> Any:
+    """``loss + term`` in the type that came in: some callbacks read only tensors, mixtures of experts return dicts."""
+    if isinstance(loss, Mapping):
+        return {**loss, "total": _total(loss) + term}
+    if isinstance(loss, (tuple, list)):
+        return type(loss)([loss[0] + term, *loss[1:]])
+    return loss + term
+
+
+def _tokenizer(state: State) -> Any:
+    return getattr(state.model, "tokenizer", None)
+
+
+def _vocabulary(state: State) -> dict[int, str]:
+    tokenizer = _tokenizer(state)
+    if tokenizer is None:
+        log.warning("the student's model has no tokenizer: whether the teacher shares its token ids is not checked.")
+        return {}
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def _shards(dataloader: Any) -> Iterator[tuple[str, int]]:
+    """Local folders and sample lengths of the streams that llm-foundry's text loader reads."""
+    dataset = getattr(dataloader, "dataset", None)
+    length = getattr(dataset, "max_seq_len", None)
+    if length is None:
+        return
+    for stream in getattr(dataset, "streams", []):
+        for folder in (stream.remote, stream.local):
+            if folder and "://" not in folder:
+                yield str(Path(folder) / (stream.split or "")), length
+
+
+def _require_type(name: str, value: Any, types: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
+
+
+def _unknown_keys(unknown: Mapping[str, Any]) -> str:
+    known = [name for name in inspect.signature(LET).parameters if name != "unknown"]
+    messages = []
+    for name in unknown:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        messages.append(f"{name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
+    return f"LET has no option {', '.join(messages)}. Its options are {', '.join(known)}."

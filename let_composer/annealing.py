@@ -1,0 +1,115 @@
+"""From time strings and a shape to the weight of the guidance. Pure functions; nothing here is remembered."""
+
+import math
+from typing import Literal, get_args
+
+from composer.core import Time, TimeUnit
+
+__all__ = ["Anneal", "annealed_weight", "parse_stop", "resolve_stop"]
+
+Anneal = Literal["linear", "cosine", "constant"]
+
+_UNITS = {
+    TimeUnit.BATCH: "ba",
+    TimeUnit.TOKEN: "tok",
+    TimeUnit.SAMPLE: "sp",
+    TimeUnit.EPOCH: "ep",
+    TimeUnit.DURATION: "dur",
+}
+
+
+def parse_stop(stop: str) -> Time:
+    """Parse the end of the guidance.
+
+    Args:
+        stop: A Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``, greater than 0; ``dur`` at most 1.
+
+    Returns:
+        The same as a Composer ``Time``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    expected = "stop must be a time string such as '0.3dur', '1500ba', '2e9tok', '1e6sp' or '1ep'"
+    if not isinstance(stop, str):
+        raise ValueError(f"{expected}, got {stop!r}. Add a unit.")
+    try:
+        time = Time.from_timestring(stop)
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {stop!r}.") from error
+    if time.unit not in _UNITS:
+        raise ValueError(f"{expected}, got {stop!r}: the guidance cannot end by wall clock or iteration.")
+    if not time.value > 0:
+        raise ValueError(f"{expected} greater than 0, got {stop!r}. To train without guidance, set weight: 0.")
+    if time.unit == TimeUnit.DURATION and time.value > 1:
+        raise ValueError(f"stop lies past the end of training: expected at most '1dur', got {stop!r}.")
+    return time
+
+
+def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> Time:
+    """Turn ``stop`` into batches, tokens or samples of this run.
+
+    ``dur`` is a fraction of ``max_duration`` and epochs become batches, both truncated to whole units, as Composer's
+    learning-rate schedulers do.
+
+    Args:
+        stop: What :func:`parse_stop` returned.
+        max_duration: The length of the run.
+        dataloader_len: Batches per epoch, ``None`` if unknown.
+
+    Returns:
+        A ``Time`` in ``ba``, ``tok`` or ``sp``.
+
+    Raises:
+        ValueError: If epochs cannot be converted, or the result is empty or past the end of training.
+    """
+    end = _in_steps(max_duration, dataloader_len, "max_duration")
+    resolved = _in_steps(stop, dataloader_len, "stop") if stop.unit != TimeUnit.DURATION else end * stop.value
+    resolved = Time(int(resolved.value), resolved.unit)
+    if resolved.value < 1:
+        raise ValueError(
+            f"stop: {stop.to_timestring()} of max_duration {max_duration.to_timestring()} is less than one "
+            f"{resolved.unit.value}, so the guidance would never act. Raise stop, or remove LET."
+        )
+    if resolved.unit == end.unit and resolved.value > end.value:
+        raise ValueError(
+            f"stop lies past the end of training: expected at most {end.to_timestring()}, got {stop.to_timestring()}. "
+            "Lower stop, or give it as a fraction such as '0.3dur'."
+        )
+    return resolved
+
+
+def annealed_weight(elapsed: float, stop: float, weight: float, anneal: Anneal) -> float:
+    """The weight of the guidance, exactly ``weight`` at 0 and exactly 0 from ``stop`` on.
+
+    Args:
+        elapsed: Time trained so far, in the unit of ``stop``.
+        stop: End of the guidance, greater than 0.
+        weight: Weight at the beginning (paper: lambda_0).
+        anneal: ``"linear"`` (paper), ``"cosine"`` (half a period), or ``"constant"`` until ``stop``.
+    """
+    left = max(0.0, 1.0 - elapsed / stop)
+    if left == 0.0:
+        return 0.0
+    if anneal == "linear":
+        return weight * left
+    if anneal == "cosine":
+        return weight * 0.5 * (1.0 - math.cos(math.pi * left))
+    if anneal == "constant":
+        return weight
+    raise ValueError(f"anneal must be one of {', '.join(get_args(Anneal))}, got {anneal!r}.")
+
+
+def _in_steps(time: Time, dataloader_len: int | None, name: str) -> Time:
+    if time.unit == TimeUnit.EPOCH:
+        if dataloader_len is None:
+            raise ValueError(
+                f"{name} is {time.to_timestring()}, but the training data loader has no length, so epochs cannot be "
+                "turned into batches. Give stop in 'ba', 'tok' or 'sp'."
+            )
+        return Time(time.value * dataloader_len, TimeUnit.BATCH)
+    if time.unit in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE):
+        return time
+    raise ValueError(
+        f"{name} is {time.to_timestring()}, which has no fixed number of steps. Give stop in 'ba', 'tok' or 'sp'."
+    )

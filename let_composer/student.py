@@ -1,0 +1,178 @@
+"""Which module is block k of a decoder, and its output once per forward. The same for students and teachers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Capture", "find_blocks", "matmul_parameters", "resolve_layer"]
+
+# Attributes under which FSDP1, activation checkpointing and torch.compile keep the module they wrap.
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the decoder's list of blocks by structure: the outermost ``nn.ModuleList`` of modules of one class.
+
+    Where a model has several such lists, the one as long as the configuration says there are layers.
+
+    Args:
+        model: Any causal LM, wrapped by FSDP, activation checkpointing or torch.compile or not.
+
+    Returns:
+        The dotted path of the list and the list. Its items are the outermost objects, wrappers included.
+
+    Raises:
+        ValueError: If there is no such list or no telling which one is meant.
+    """
+    lists = [(name, blocks) for name, blocks in _outermost_lists(model) if len({_kind(b) for b in blocks}) == 1]
+    if len(lists) > 1:
+        depth = _depth(model)
+        lists = [(name, blocks) for name, blocks in lists if len(blocks) == depth] or lists
+    if len(lists) == 1:
+        return lists[0]
+    found = ", ".join(f"{name} ({len(blocks)} x {_kind(blocks[0]).__name__})" for name, blocks in lists) or "none"
+    raise ValueError(
+        f"expected one list of decoder blocks in {_kind(model).__name__}, found {len(lists)}: {found}. Name the block "
+        "whose output is to be used by its dotted path, for example student_layer: model.transformer.blocks.2"
+    )
+
+
+def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
+    """Find the module whose output is hidden state ``layer``.
+
+    Args:
+        model: Any causal LM, wrapped or not.
+        layer: The number of blocks passed, as in HF ``hidden_states[layer]``; negative counts from the end, -1 being
+            the last block. Or the dotted path of a module.
+
+    Returns:
+        The module's dotted path, without the names of wrappers, and the outermost object found there.
+
+    Raises:
+        ValueError: If there is no such block or module.
+    """
+    if isinstance(layer, str):
+        module = _outermost(model, layer)
+        if module is None:
+            names = [name for name, _ in _outermost_lists(model)]
+            raise ValueError(
+                f"there is no module {layer!r} in {_kind(model).__name__}. Lists of modules in it: {', '.join(names)}."
+            )
+        return layer, module
+    path, blocks = find_blocks(model)
+    passed = layer if layer >= 0 else len(blocks) + 1 + layer
+    if not 1 <= passed <= len(blocks):
+        raise ValueError(
+            f"layer must be between 1 and {len(blocks)}, or between -{len(blocks)} and -1: {path} has {len(blocks)} "
+            f"blocks. Got {layer}."
+        )
+    return f"{path}.{passed - 1}", blocks[passed - 1]
+
+
+class Capture:
+    """Keeps the output of one module, for the forward after ``arm`` only.
+
+    Evaluation, generation and dry passes run the same module unarmed and leave nothing behind. The hook is a plain
+    function on the outermost object of the block: activation checkpointing recomputes inside it without firing it
+    again, and a copy of the model does not copy what was captured.
+
+    Args:
+        module: A decoder block; its output is a tensor ``[B, S, D]`` or a tuple that starts with one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.armed = False
+        self.hidden: Tensor | None = None
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self.armed:
+                self.hidden = output[0] if isinstance(output, tuple) else output
+
+        self._handle = module.register_forward_hook(hook)
+
+    def arm(self) -> None:
+        """Keep the output of the next forward."""
+        self.hidden = None
+        self.armed = True
+
+    def clear(self) -> None:
+        """Disarm, and let go of what was captured."""
+        self.armed = False
+        self.hidden = None
+
+    def take(self) -> Tensor:
+        """Hand over what was captured, ``[B, S, D]``, and disarm.
+
+        Raises:
+            RuntimeError: If the module did not run, or its output is no tensor.
+        """
+        hidden = self.hidden
+        self.clear()
+        if not isinstance(hidden, Tensor):
+            raise RuntimeError(
+                f"expected the captured block to return hidden states [B, S, D], got {type(hidden).__name__}. Is it "
+                "part of the model's forward? Choose another block with its dotted path."
+            )
+        return hidden
+
+    def remove(self) -> None:
+        """Clear, and take the hook off the module."""
+        self.clear()
+        self._handle.remove()
+
+
+def matmul_parameters(model: nn.Module) -> int:
+    """Number of parameters that every token is multiplied with: all but the embedding tables, which are looked up.
+
+    A tied embedding counts once, because the LM head multiplies with it. Experts of an MoE layer all count.
+    """
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        weight = getattr(get_head(), "weight", None) if callable(get_head) else None
+        if isinstance(weight, torch.Tensor):
+            return count + (weight.numel() if id(weight) in tables else 0)
+    return count
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        path = prefix if name in _WRAPPED else f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList) and len(child):
+            yield path, child
+        else:
+            yield from _outermost_lists(child, path)
+
+
+def _outermost(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        children = dict(_unwrapped(module).named_children())
+        if name not in children:
+            return None
+        module = children[name]
+    return module
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while True:
+        children = dict(module.named_children())
+        inner = next((children[name] for name in _WRAPPED if name in children), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return type(_unwrapped(module))
+
+
+def _depth(model: nn.Module) -> int | None:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for name in ("num_hidden_layers", "n_layers", "n_layer"):
+            if isinstance(depth := getattr(config, name, None), int):
+                return depth
+    return None

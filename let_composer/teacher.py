@@ -1,0 +1,263 @@
+"""Load, check, freeze, place and run the teacher: the body of a small pretrained decoder, without its LM head."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from let_composer.student import Capture, find_blocks, matmul_parameters
+
+__all__ = ["Placement", "Teacher", "check_vocabulary", "read_vocabulary"]
+
+Placement = Literal["replicate", "shard"]
+
+log = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A frozen decoder body that turns token ids into hidden states.
+
+    It belongs to no other module, so it is in nobody's checkpoint, optimizer, wrapping or export.
+
+    Args:
+        name: Hub id, optionally with a revision (``EleutherAI/pythia-160m@step143000``), a local folder in the Hugging
+            Face format (llm-foundry's exported MPT models included), or a ``.gguf`` file.
+        layer: The hidden state to return, as in HF ``hidden_states``: -1 and the number of blocks mean the last, after
+            the final norm; smaller numbers the output of that block, and the blocks behind it are dropped.
+        device: Where it runs; in bf16 on CUDA, in fp32 elsewhere.
+        trust_remote_code: Whether code that comes with the weights may run.
+
+    Raises:
+        ValueError: If there is no such model, weights are missing, it is not a causal decoder, it needs remote code, or
+            the layer does not exist.
+    """
+
+    def __init__(
+        self, name: str, *, layer: int = -1, device: torch.device | str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        self.name = name
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        body = _load_body(name, dtype, trust_remote_code).eval().requires_grad_(False)
+        self.context = _context_length(body.config)
+        self.rows = body.get_input_embeddings().weight.shape[0]
+        self._capture = _cut(name, body, layer)
+        self.parameters = matmul_parameters(body)
+        self.body = body.to(device)
+        self._check_causal()
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states of the chosen layer, ``[B, S, D_t]``, without a gradient.
+
+        A sequence longer than the teacher's context is run as consecutive windows of that length, so the first tokens
+        of a window see less context (our choice, the paper is silent).
+
+        Args:
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, S]``, 0 or False where there is padding. Default: ``None``, no padding.
+        """
+        batch, length = input_ids.shape
+        window = self.context or length
+        if length <= window:
+            return self._run(input_ids, attention_mask)
+        padded = -(-length // window) * window
+        ids = nn.functional.pad(input_ids, (0, padded - length)).view(-1, window)
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, padded - length)).view(-1, window)
+        return self._run(ids, attention_mask).view(batch, padded, -1)[:, :length]
+
+    def shard(self) -> None:
+        """Shard the parameters over all ranks (FSDP2); every rank must then call :meth:`hidden` equally often."""
+        from torch.distributed import get_world_size
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(next(self.body.parameters()).device.type, (get_world_size(),))
+        for block in find_blocks(self.body)[1]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.body, mesh=mesh)
+
+    @torch.no_grad()
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self._capture is not None:
+            self._capture.arm()
+        output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if hasattr(self.body, "reshard"):  # a sharded root keeps its parameters gathered after a forward without grad
+            self.body.reshard()
+        return output.last_hidden_state if self._capture is None else self._capture.take()
+
+    def _check_causal(self) -> None:
+        ids = torch.zeros(2, 4, dtype=torch.long, device=next(self.body.parameters()).device)
+        ids[1, -1] = 1
+        first, second = self._run(ids, None)[:, :-1].float()
+        if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().amax())):
+            raise ValueError(
+                f"teacher {self.name!r} is not a causal decoder: its hidden states depend on later tokens and would "
+                "tell the student the answers. Choose a causal language model."
+            )
+
+
+def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str] | None:
+    """The teacher's vocabulary, id to token, or ``None`` if it comes without a tokenizer.
+
+    Args:
+        name: As in :class:`Teacher`.
+        trust_remote_code: As in :class:`Teacher`.
+    """
+    if name.endswith(".gguf"):
+        _require_path(name)
+        from gguf import GGUFReader
+
+        tokens = GGUFReader(name).fields.get("tokenizer.ggml.tokens")
+        return None if tokens is None else dict(enumerate(tokens.contents()))
+    path, revision = _split_revision(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def check_vocabulary(student: Mapping[int, str], teacher: Mapping[int, str] | None, rows: int, name: str) -> None:
+    """Check that the teacher understands the student's token ids.
+
+    Args:
+        student: The student's vocabulary, id to token.
+        teacher: The teacher's, or ``None`` if unknown; then only the number of ids is compared.
+        rows: Rows of the teacher's embedding, padding included.
+        name: The teacher, for messages.
+
+    Raises:
+        ValueError: If an id means different tokens, or lies outside the teacher's embedding.
+    """
+    hint = "Use a teacher with the student's tokenizer, or train the student on the teacher's."
+    if student and max(student) >= rows:
+        raise ValueError(
+            f"teacher {name!r} has embeddings for {rows} token ids, but the student's tokenizer goes up to id "
+            f"{max(student)} ({student[max(student)]!r}). {hint}"
+        )
+    if teacher is None:
+        log.warning("teacher %r comes without a tokenizer: whether its token ids mean the same is not checked.", name)
+        return
+    different = [index for index, token in sorted(student.items()) if index in teacher and teacher[index] != token]
+    if different:
+        examples = "; ".join(f"{i} is {student[i]!r} here and {teacher[i]!r} there" for i in different[:3])
+        raise ValueError(
+            f"teacher {name!r} has another vocabulary: {len(different)} of {len(student)} token ids differ "
+            f"({examples}). {hint}"
+        )
+    unknown = sorted(set(student) - set(teacher))
+    if unknown:
+        examples = ", ".join(repr(student[i]) for i in unknown[:5])
+        log.warning("teacher %r never saw %d of the student's tokens: %s.", name, len(unknown), examples)
+
+
+def _load_body(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    if name.endswith(".gguf"):
+        file = _require_path(name)
+        path, options = str(file.parent), {"gguf_file": file.name}
+    else:
+        path, revision = _split_revision(name)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
+    try:
+        config = _load_config(name, path, options)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"teacher {name!r} is an encoder-decoder ({config.model_type}). Choose a causal language model."
+            )
+        if config.model_type == "mpt" and hasattr(config, "ffn_config"):
+            model, loaded = _load_foundry_mpt(path, config, dtype)
+        else:
+            model, loaded = AutoModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
+    except OSError as error:
+        raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if missing := [*loaded["missing_keys"], *loaded["mismatched_keys"]]:
+        raise ValueError(
+            f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
+            f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
+        )
+    return model
+
+
+def _load_config(name: str, path: str, options: dict[str, Any]) -> PretrainedConfig:
+    if _looks_local(path):
+        _require_path(path)
+    try:
+        entries, _ = PretrainedConfig.get_config_dict(path, **options)
+        if entries.get("model_type") == "mpt" and "ffn_config" in entries:  # exported by llm-foundry
+            from llmfoundry.models.mpt import MPTConfig
+
+            return MPTConfig.from_dict(entries)
+        return AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"teacher {name!r} brings its own code, which is not run unless asked for. Read that code, then set "
+                "trust_remote_code: true, or choose a teacher that transformers knows."
+            ) from error
+        raise ValueError(
+            f"there is no teacher {name!r}: expected a model id on the hub, a folder with config.json, or a .gguf "
+            f"file. On a machine without a network, give a local path. ({error})"
+        ) from error
+
+
+def _load_foundry_mpt(path: str, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    # llm-foundry exports MPT models with a copy of its own code; the installed package is that code.
+    from llmfoundry.models.layers.attention import is_flash_v2_installed
+    from llmfoundry.models.mpt import MPTForCausalLM
+
+    if not (dtype == torch.bfloat16 and is_flash_v2_installed()):
+        config.attn_config["attn_impl"] = "torch"
+    model, loaded = MPTForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype, output_loading_info=True)
+    return model.transformer, loaded
+
+
+def _cut(name: str, body: Any, layer: int) -> Capture | None:
+    """Drop the blocks behind ``layer``; ``None`` when the body's own output is what is wanted."""
+    if layer == -1:
+        return None
+    path, blocks = find_blocks(body)
+    passed = layer if layer >= 0 else len(blocks) + 1 + layer
+    if not 1 <= passed <= len(blocks):
+        raise ValueError(
+            f"teacher_layer must be between 1 and {len(blocks)}, or between -{len(blocks)} and -1: teacher {name!r} "
+            f"has {len(blocks)} blocks. Got {layer}."
+        )
+    if passed == len(blocks):
+        return None
+    del blocks[passed:]
+    return Capture(blocks[-1])
+
+
+def _context_length(config: PretrainedConfig) -> int | None:
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(length := getattr(config, key, None), int):
+            return length
+    return None
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    if _looks_local(name):
+        return name, None
+    path, _, revision = name.partition("@")
+    return path, revision or None
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
+
+
+def _require_path(name: str) -> Path:
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"there is no teacher at {name!r} (looked for {path.absolute()}). Check the path.")
+    return path

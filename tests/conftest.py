@@ -1,0 +1,128 @@
+"""What every test builds on: a small tokenizer, teachers on disk, a small MPT student and real batches for a Trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import DataSpec, Trainer
+from composer.loggers import InMemoryLogger
+from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
+from llmfoundry.models.mpt import ComposerMPTCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 64
+LENGTH = 16
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(VOCABULARY - 2)} | {"<|endoftext|>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<pad>", model_max_length=10**6
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama teacher, 2 blocks, width 24, with its tokenizer and its LM head, as save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def build_student(tokenizer: PreTrainedTokenizerFast, seed: int = 17, **overrides: Any) -> ComposerMPTCausalLM:
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {
+        "d_model": 32,
+        "n_heads": 2,
+        "n_layers": 4,
+        "expansion_ratio": 2,
+        "max_seq_len": LENGTH,
+        "vocab_size": VOCABULARY,
+        "attn_config": {"attn_impl": "torch"},
+        "loss_fn": "torch_crossentropy",
+        "init_config": {"name": "kaiming_normal_"},
+    }
+    return ComposerMPTCausalLM(tokenizer=tokenizer, **{**options, **overrides})
+
+
+@pytest.fixture
+def student(tokenizer: PreTrainedTokenizerFast) -> ComposerMPTCausalLM:
+    return build_student(tokenizer)
+
+
+def build_data(
+    tokenizer: PreTrainedTokenizerFast, samples: int = 64, batch_size: int = 8, ragged: bool = False, seed: int = 3
+) -> DataSpec:
+    """llm-foundry's collator and token counting over random sequences; ``ragged`` ones are padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY - 2, (samples, LENGTH), generator=generator)
+    lengths = torch.randint(3, LENGTH + 1, (samples,), generator=generator) if ragged else [LENGTH] * samples
+    rows = [{"input_ids": row[: int(n)].tolist()} for row, n in zip(ids, lengths, strict=True)]
+    collate = LossGeneratingTokensCollatorWrapper(
+        DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False), get_tokens_per_batch_func()
+    )
+    if ragged:  # a fixed shape, so that microbatches of one batch can be compared
+        rows = [tokenizer.pad(row, padding="max_length", max_length=LENGTH) for row in rows]
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+    return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
+
+
+@pytest.fixture
+def train(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Trainer]:
+    """Train a student for some batches with a real Trainer and return the trainer; its first logger keeps all metrics."""
+
+    def run(*algorithms: Any, fit: bool = True, data: DataSpec | None = None, **overrides: Any) -> Trainer:
+        model = overrides.pop("model", None) or build_student(tokenizer)
+        optimizer = overrides.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=overrides.pop("lr", 0.1))
+        trainer = Trainer(
+            model=model,
+            train_dataloader=data or build_data(tokenizer),
+            optimizers=optimizer,
+            algorithms=list(algorithms),
+            seed=5,
+            **{
+                "max_duration": "6ba",
+                "device": "cpu",
+                "precision": "fp32",
+                "accumulate_train_batch_on_tokens": True,
+                "progress_bar": False,
+                "loggers": [InMemoryLogger()],
+                **overrides,
+            },
+        )
+        if fit:
+            trainer.fit()
+        return trainer
+
+    return run
+
+
+def metrics(trainer: Trainer, name: str) -> list[float]:
+    """Everything that was logged under ``name``, in order."""
+    logger = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
+    return [value for _, value in logger.data[name]]
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
