@@ -3,6 +3,8 @@
 Nothing in this package imports Composer.
 """
 
+import functools
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -63,7 +65,7 @@ def alignment_loss(
     _check_option("resize", resize, Resize)
     mask = _checked_mask(mask, teacher)
     _check_statistics(teacher, teacher_mean, teacher_std)
-    function = _implementation(implementation, student).alignment_loss
+    function = _implementation(implementation, student, teacher, teacher_mean, teacher_std).alignment_loss
     return function(student, teacher, mask, teacher_mean, teacher_std, resize)
 
 
@@ -93,7 +95,7 @@ def target_sum(
     """
     mask = _checked_mask(mask, teacher)
     _check_statistics(teacher, teacher_mean, teacher_std)
-    function = _implementation(implementation, teacher).target_sum
+    function = _implementation(implementation, teacher, teacher_mean, teacher_std).target_sum
     return function(teacher.detach(), mask, teacher.shape[-1] if width is None else width, teacher_mean, teacher_std)
 
 
@@ -119,6 +121,39 @@ def _check_statistics(teacher: Tensor, mean: Tensor | None, std: Tensor | None) 
             raise ValueError(f"{name} must have shape {list(teacher.shape[-1:])}, got {list(value.shape)}.")
 
 
-def _implementation(name: str, example: Tensor):
+def _implementation(name: str, *inputs: Tensor | None):
     _check_option("implementation", name, Implementation)
+    if name == "torch" or (name == "auto" and not any(x is not None and x.is_cuda for x in inputs)):
+        return reference
+    if not _triton_works():
+        if name == "triton":
+            raise RuntimeError(
+                "implementation='triton' was asked for, but Triton does not work here; the warning says why. Repair "
+                "the installation, or use 'auto' or 'torch'."
+            )
+        return reference
+    from let_composer.loss import kernels
+
+    reason = kernels.unsupported(*inputs)
+    if reason is None:
+        return kernels
+    if name == "triton":
+        raise ValueError(f"implementation='triton' cannot take these inputs: {reason}. Use 'auto' or 'torch'.")
     return reference
+
+
+@torch.compiler.assume_constant_result
+def _triton_works() -> bool:
+    return _try_triton()
+
+
+@functools.cache
+def _try_triton() -> bool:
+    try:
+        from let_composer.loss import kernels
+
+        kernels.try_kernels()
+    except Exception as error:  # whatever a missing or broken installation raises: training goes on without it
+        warnings.warn(f"Triton does not work here, the alignment loss runs in plain torch: {error!r}", stacklevel=2)
+        return False
+    return True

@@ -1,0 +1,542 @@
+"""The alignment loss as Triton kernels behind one ``torch.library`` op; ``reference.py`` is their specification."""
+
+# Triton's decorators hide from pyright what a kernel accepts and returns.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from let_composer.loss.reference import EPSILON
+
+__all__ = ["INTERPRETED", "MAX_WIDTH", "Plan", "alignment_loss", "plan", "target_sum", "try_kernels", "unsupported"]
+
+MAX_WIDTH = 16384
+
+# A program holds R rows in a tile [M, V]: M = R * G groups, V neighbouring columns that one thread moves in one 128-bit
+# access. N tokens, D the width in which cosines are taken; the other side is resized to it.
+#
+#   l = -<s, t> / (|s||t|)        L = sum over mask of l / tokens in mask
+#   dL/ds = -g / (n |s|) (t / |t| - cos s / |s|)        saved per token: cos, 1/|s|, 1/|t| (0: no direction)
+#
+# Resizing. Output column c sits at input coordinate x = ((2c + 1) W - D) / 2D, an exact fraction; it takes input j with
+# the hat weight max(0, 1 - |x - j|). Going up, the V columns of a group share a window of few inputs (4 to 6 if V = 8),
+# read once per group and spread in registers. Clamping the index replicates the edge, which equals clamping x. Going
+# down, V is 1 and the window is the two taps.
+
+
+@triton.jit
+def _row_offsets(rows, length, stride_outer, stride_inner):
+    # Divided in 32 bits, multiplied in 64.
+    return (rows // length).to(tl.int64) * stride_outer + (rows % length).to(tl.int64) * stride_inner  # [M]
+
+
+@triton.jit
+def _normalized(x, columns, mean, std, inside):
+    if mean is not None:
+        x -= tl.load(mean + columns, mask=inside, other=0.0).to(tl.float32)
+    if std is not None:
+        x /= tl.load(std + columns, mask=inside, other=1.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _per_row(x, R: tl.constexpr, G: tl.constexpr):
+    return tl.sum(tl.reshape(x, [R, G]), axis=1)  # [M] -> [R]
+
+
+@triton.jit
+def _per_group(x, R: tl.constexpr, G: tl.constexpr):
+    return tl.reshape(tl.broadcast_to(x[:, None], [R, G]), [R * G])  # [R] -> [M]
+
+
+@triton.jit
+def _columns(groups, V: tl.constexpr):
+    return groups[:, None] * V + tl.arange(0, V)[None, :]  # [M, V]
+
+
+@triton.jit
+def _load_direct(pointer, offsets, groups, live, mean, std, WIDTH: tl.constexpr, V: tl.constexpr):
+    columns = _columns(groups, V)
+    inside = live[:, None] & (columns < WIDTH)
+    x = tl.load(pointer + offsets[:, None] + columns, mask=inside, other=0.0).to(tl.float32)
+    if mean is not None:
+        x = tl.where(inside, _normalized(x, columns, mean, std, inside), 0.0)
+    else:
+        x = _normalized(x, columns, mean, std, inside)
+    return x  # [M, V]
+
+
+@triton.jit
+def _coordinate(column, WIDTH: tl.constexpr, TARGET: tl.constexpr):
+    """Input coordinate of an output column: floor and fraction."""
+    numerator = (2 * column + 1) * WIDTH - TARGET
+    floor = (numerator + 2 * TARGET) // (2 * TARGET) - 1  # negative only at the left edge
+    return floor, (numerator - floor * (2 * TARGET)).to(tl.float32) / (2 * TARGET)
+
+
+@triton.jit
+def _load_resized(
+    pointer, offsets, groups, live, mean, std,
+    WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    groups = groups[:, None]  # [M, 1] from here: a load of this shape keeps the layout of the [M, V] tile
+    live = live[:, None] & (groups * V < TARGET)
+    if (32 * V * WIDTH) % TARGET == 0:
+        # The pattern repeats every 32 groups, so the lanes of a warp keep their weights over all tiles and rows.
+        base, x = _coordinate(groups % 32 * V, WIDTH, TARGET)
+        base += groups // 32 * (32 * V * WIDTH // TARGET)
+    else:
+        base, x = _coordinate(groups * V, WIDTH, TARGET)
+    x = x + tl.arange(0, V)[None, :] * (WIDTH / TARGET)  # [M, V], relative to base
+    out = tl.zeros([M, V], tl.float32)
+    for tap in tl.static_range(WINDOW):
+        index = tl.minimum(tl.maximum(base + tap, 0), WIDTH - 1)
+        value = tl.load(pointer + offsets[:, None] + index, mask=live, other=0.0).to(tl.float32)
+        value = _normalized(value, index, mean, std, live)
+        out += tl.maximum(1.0 - tl.abs(x - tap), 0.0) * value
+    if TARGET % V != 0:
+        out = tl.where(groups * V + tl.arange(0, V)[None, :] < TARGET, out, 0.0)
+    return out  # [M, V]
+
+
+@triton.jit
+def _load(
+    pointer, offsets, groups, live, mean, std,
+    WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    if WIDTH == TARGET:
+        x = _load_direct(pointer, offsets, groups, live, mean, std, WIDTH, V)
+    else:
+        x = _load_resized(pointer, offsets, groups, live, mean, std, WIDTH, TARGET, WINDOW, M, V)
+    return x
+
+
+# Squares of a row overflow beyond a norm of 2^64. Such rows are summed again after an exact multiplication with 2^-72,
+# which brings every finite row of up to MAX_WIDTH columns into range; only infinities and NaNs remain.
+_SHRINK = tl.constexpr(2.0**-72)
+_INFINITY = tl.constexpr(float("inf"))
+_EPSILON = tl.constexpr(EPSILON)
+
+
+@triton.jit
+def _inverse_norm(squares, scale):
+    """Inverse norm of the scaled row, 0 for a row without a direction."""
+    norm = tl.sqrt_rn(squares)
+    usable = (squares < _INFINITY) & (norm >= _EPSILON * scale)
+    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, norm, 1.0)), 0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
+def _forward_kernel(
+    student, teacher, mask, mean, std,
+    saved,  # out [3, N]: cosine, 1/|s|, 1/|t|
+    partial_sums,  # out [programs]: sum of cosines
+    partial_counts,  # out [programs]: tokens in the mask
+    tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = R * G
+    m = tl.arange(0, M)
+    rows = tl.program_id(0) * R + m // G  # [M]
+    live = tl.load(mask + rows, mask=rows < tokens, other=0) != 0
+    student_offsets = _row_offsets(rows, length, student_outer, student_inner)
+    teacher_offsets = _row_offsets(rows, length, teacher_outer, teacher_inner)
+
+    student_scale = tl.full([R], 1.0, tl.float32)
+    teacher_scale = tl.full([R], 1.0, tl.float32)
+    ss = tl.zeros([R], tl.float32)
+    tt = tl.zeros([R], tl.float32)
+    st = tl.zeros([R], tl.float32)
+    attempt = 0
+    while attempt < 2:
+        group_ss = tl.zeros([M], tl.float32)
+        group_tt = tl.zeros([M], tl.float32)
+        group_st = tl.zeros([M], tl.float32)
+        for tile in range(TILES):
+            groups = tile * G + m % G
+            s = _load(student, student_offsets, groups, live, None, None, STUDENT, TARGET, WINDOW, M, V)
+            t = _load(teacher, teacher_offsets, groups, live, mean, std, TEACHER, TARGET, WINDOW, M, V)
+            s *= _per_group(student_scale, R, G)[:, None]
+            t *= _per_group(teacher_scale, R, G)[:, None]
+            group_ss += tl.sum(s * s, axis=1)
+            group_tt += tl.sum(t * t, axis=1)
+            group_st += tl.sum(s * t, axis=1)
+        ss = _per_row(group_ss, R, G)
+        tt = _per_row(group_tt, R, G)
+        st = _per_row(group_st, R, G)
+        finite = (ss < _INFINITY) & (tt < _INFINITY)
+        if (attempt == 0) & (tl.min(finite.to(tl.int32), axis=0) == 0):
+            student_scale = tl.where(ss < _INFINITY, student_scale, _SHRINK)
+            teacher_scale = tl.where(tt < _INFINITY, teacher_scale, _SHRINK)
+            attempt = 1
+        else:
+            attempt = 2
+
+    inverse_s = _inverse_norm(ss, student_scale)
+    inverse_t = _inverse_norm(tt, teacher_scale)
+    cosine = tl.where((inverse_s > 0) & (inverse_t > 0), st * inverse_s * inverse_t, 0.0)  # [R]
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    inside = rows < tokens
+    pointers = saved + rows.to(tl.int64)
+    tl.store(pointers, cosine, mask=inside)
+    pointers += tokens
+    tl.store(pointers, inverse_s * student_scale, mask=inside)
+    pointers += tokens
+    tl.store(pointers, inverse_t * teacher_scale, mask=inside)
+    live = tl.load(mask + rows, mask=inside, other=0) != 0
+    tl.store(partial_sums + tl.program_id(0), tl.sum(cosine, axis=0))
+    tl.store(partial_counts + tl.program_id(0), tl.sum(live.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _finish_kernel(partial_sums, partial_counts, loss, count, programs, BLOCK: tl.constexpr):
+    # One program adds what the others left, in a fixed order: deterministic without atomics.
+    index = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    counts = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, programs, BLOCK):
+        inside = first + index < programs
+        sums += tl.load(partial_sums + first + index, mask=inside, other=0.0)
+        counts += tl.load(partial_counts + first + index, mask=inside, other=0)
+    total = tl.sum(counts, axis=0)
+    tl.store(loss, -tl.div_rn(tl.sum(sums, axis=0), tl.maximum(total, 1).to(tl.float32)))
+    tl.store(count, total)
+
+
+@triton.jit
+def _saved_row(saved, rows, tokens):
+    pointers = saved + rows.to(tl.int64)
+    cosine = tl.load(pointers, mask=rows < tokens, other=0.0)
+    pointers += tokens
+    inverse_s = tl.load(pointers, mask=rows < tokens, other=0.0)
+    pointers += tokens
+    inverse_t = tl.load(pointers, mask=rows < tokens, other=0.0)
+    return cosine, inverse_s, inverse_t, (inverse_s > 0) & (inverse_t > 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
+def _backward_kernel(
+    grad, student, teacher, mean, std, saved, count,
+    out,  # [N, D], contiguous
+    tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, WINDOW: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    # Cosines were taken in the student's width: elementwise, a program per tile.
+    M: tl.constexpr = R * G
+    m = tl.arange(0, M)
+    rows = tl.program_id(0) * R + m // G  # [M]
+    groups = tl.program_id(1) * G + m % G
+    cosine, inverse_s, inverse_t, usable = _saved_row(saved, rows, tokens)
+    factor = -tl.load(grad) / tl.maximum(tl.load(count), 1).to(tl.float32) * inverse_s
+    student_offsets = _row_offsets(rows, length, student_outer, student_inner)
+    teacher_offsets = _row_offsets(rows, length, teacher_outer, teacher_inner)
+    s = _load_direct(student, student_offsets, groups, usable, None, None, STUDENT, V)
+    t = _load(teacher, teacher_offsets, groups, usable, mean, std, TEACHER, STUDENT, WINDOW, M, V)
+    difference = t * inverse_t[:, None] - s * inverse_s[:, None] * cosine[:, None]
+    ds = tl.where(usable[:, None], factor[:, None] * difference, 0.0)
+    columns = _columns(groups, V)
+    pointers = out + rows.to(tl.int64)[:, None] * STUDENT + columns
+    tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < STUDENT))
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
+def _backward_resized_kernel(
+    grad, student, teacher, mean, std, saved, count,
+    out,  # [N, STUDENT], contiguous
+    tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, WINDOW: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    # The student was resized to u = A s in the teacher's width: ds = A' du. Each group of V student columns gathers
+    # from the few target columns i whose hats reach it; their u_i are interpolated again from the student's row.
+    M: tl.constexpr = R * G
+    m = tl.arange(0, M)
+    rows = tl.program_id(0) * R + m // G  # [M]
+    groups = tl.program_id(1) * G + m % G
+    left = groups * V
+    cosine, inverse_s, inverse_t, usable = _saved_row(saved, rows, tokens)
+    factor = -tl.load(grad) / tl.maximum(tl.load(count), 1).to(tl.float32) * inverse_s
+    s_pointers = student + _row_offsets(rows, length, student_outer, student_inner)
+    t_pointers = teacher + _row_offsets(rows, length, teacher_outer, teacher_inner)
+    first = tl.maximum(((2 * left - 1) * TEACHER + STUDENT) // (2 * STUDENT), 0)  # see reach()
+    ds = tl.zeros([M, V], tl.float32)
+    for step in range(WINDOW):
+        i = first + step
+        read = usable & (i < TEACHER) & (left < STUDENT)
+        t = _normalized(tl.load(t_pointers + i, mask=read, other=0.0).to(tl.float32), i, mean, std, read)
+        base, fraction = _coordinate(i, STUDENT, TEACHER)
+        low = tl.minimum(tl.maximum(base, 0), STUDENT - 1)
+        high = tl.minimum(tl.maximum(base + 1, 0), STUDENT - 1)
+        u = (1.0 - fraction) * tl.load(s_pointers + low, mask=read, other=0.0).to(tl.float32)
+        u += fraction * tl.load(s_pointers + high, mask=read, other=0.0).to(tl.float32)
+        du = tl.where(read, factor * (t * inverse_t - u * inverse_s * cosine), 0.0)  # [M]
+        x = (base - left).to(tl.float32) + fraction
+        x = tl.minimum(tl.maximum(x, (-left).to(tl.float32)), (STUDENT - 1 - left).to(tl.float32))
+        ds += tl.maximum(1.0 - tl.abs(x[:, None] - tl.arange(0, V)[None, :]), 0.0) * du[:, None]
+    columns = _columns(groups, V)
+    pointers = out + rows.to(tl.int64)[:, None] * STUDENT + columns
+    tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < STUDENT))
+
+
+@triton.jit(do_not_specialize=["tokens", "length", "steps"])
+def _target_sum_kernel(
+    teacher, mask, mean, std,
+    partial,  # out [programs, TARGET]
+    tokens, length, steps, teacher_outer, teacher_inner,
+    TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = R * G
+    m = tl.arange(0, M)
+    groups = m % G
+    total = tl.zeros([M, V], tl.float32)
+    for step in range(steps):
+        rows = (tl.program_id(0) * steps + step) * R + m // G
+        live = tl.load(mask + rows, mask=rows < tokens, other=0) != 0
+        offsets = _row_offsets(rows, length, teacher_outer, teacher_inner)
+        t = _load(teacher, offsets, groups, live, mean, std, TEACHER, TARGET, WINDOW, M, V)
+        tt = _per_row(tl.sum(t * t, axis=1), R, G)
+        scale = tl.where(tt < _INFINITY, tl.full([R], 1.0, tl.float32), _SHRINK)
+        t *= _per_group(scale, R, G)[:, None]
+        if tl.min(scale, axis=0) < 1.0:
+            tt = _per_row(tl.sum(t * t, axis=1), R, G)
+        inverse = _per_group(_inverse_norm(tt, scale), R, G)
+        total += tl.where((live & (inverse > 0))[:, None], t * inverse[:, None], 0.0)
+    total = tl.sum(tl.reshape(total, [R, G, V]), axis=0)
+    columns = _columns(tl.arange(0, G), V)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * TARGET + columns, total, mask=columns < TARGET)
+
+
+Kind = Literal["forward", "backward", "transposed", "sum"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows are cut into tiles ``[R, G, V]``: constants of a compiled kernel."""
+
+    window: int  # taps shared by the V columns of a group; 1 for equal widths
+    tiles: int  # tiles in the width
+    R: int
+    G: int
+    V: int
+    num_warps: int
+
+
+def window(width: int, target: int, vector: int) -> int:
+    """Neighbouring inputs that ``vector`` neighbouring outputs of a resize from ``width`` to ``target`` read."""
+    taps = 1
+    for first in range(0, target, vector):
+        low, high = (((2 * i + 1) * width - target) // (2 * target) for i in (first, first + vector - 1))
+        taps = max(taps, high + 2 - low)
+    return taps
+
+
+def reach(width: int, target: int, vector: int) -> int:
+    """Neighbouring outputs of a resize from ``width`` to ``target`` that read any of ``vector`` neighbouring inputs."""
+    outputs = 1
+    for j in range(0, width, vector):
+        first = max(((2 * j - 1) * target + width) // (2 * width), 0)
+        last = -((width - (2 * (j + vector) + 1) * target) // (2 * width)) - 1  # the last i left of j + vector
+        outputs = max(outputs, min(last, target - 1) - first + 1)
+    return outputs
+
+
+@functools.cache
+def plan(kind: Kind, width: int, source: int, itemsize: int) -> Plan:
+    """Choose the tiles of a kernel.
+
+    Args:
+        kind: ``"forward"``, ``"backward"``, ``"transposed"`` (backward through a resized student) or ``"sum"``.
+        width: Columns of the tiled rows.
+        source: The other side's width.
+        itemsize: Bytes per element of the tensor that is read or written in full vectors.
+    """
+    vector = max(16 // itemsize, 1)
+    if kind == "transposed":
+        taps = reach(width, source, vector)
+    elif source > width:
+        vector, taps = 1, 2
+    else:
+        taps = 1 if source == width else window(source, width, vector)
+    if kind == "sum":
+        columns = triton.next_power_of_2(max(width, 32 * vector))
+        rows, num_warps = max(4096 // columns, 1), min(max(columns // 256, 1), 8)
+    else:
+        sizes = (256,) if kind == "forward" and vector == 1 else (1024, 512, 256)
+        columns = min(sizes, key=lambda size: -(-width // size) * size)  # the largest of those that waste least
+        # Forward: a warp per row adds up without barriers. Backward: a thread per group, which shares a row's numbers.
+        rows, num_warps = (1, 1) if kind == "forward" else (2, max(columns * itemsize // 512, 1))
+    return Plan(taps, -(-width // columns), rows, columns // vector, vector, num_warps)
+
+
+# The op. Outputs beside the loss are what the backward needs: 12 bytes per token and one count.
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """View ``[..., D]`` as ``[outer, length, D]``: the tensor, length and both strides."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() > 3:
+        x = x.flatten(0, -3)
+    while x.dim() < 3:
+        x = x.unsqueeze(0)
+    return x, x.shape[1], x.stride(0), x.stride(1)
+
+
+# Decided by TRITON_INTERPRET when Triton is imported. The interpreter takes CPU tensors.
+INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+
+
+def unsupported(*inputs: Tensor | None) -> str | None:
+    """Say why the kernels cannot take these inputs; None if they can."""
+    tensors = [x for x in inputs if x is not None]
+    if not INTERPRETED and not all(x.is_cuda for x in tensors):
+        return "they run on CUDA tensors; on the CPU set TRITON_INTERPRET=1 before Triton is imported"
+    if any(x.device != tensors[0].device for x in tensors):
+        return "they take tensors on one device"
+    if any(x.dtype not in (torch.float32, torch.bfloat16, torch.float16) for x in tensors):
+        return "they take fp32, bf16 and fp16"
+    if any(x.shape[-1] > MAX_WIDTH for x in tensors):
+        return f"they take widths up to {MAX_WIDTH}"
+    if any(x.shape[:-1].numel() >= 2**31 for x in tensors):
+        return "they take fewer than 2^31 tokens"
+    return None
+
+
+def try_kernels() -> None:
+    """Compile and run the smallest kernels, so that a broken installation shows here. Does nothing without a GPU."""
+    if torch.cuda.is_available() and not INTERPRETED:
+        states = torch.ones(1, 8, device="cuda")
+        loss, saved, count = _forward(states, states, states[:, 0] > 0, None, None, False)
+        _backward(loss, states, states, None, None, saved, count, False)
+
+
+@torch.library.custom_op("let_composer::alignment_loss", mutates_args=())
+def _forward(
+    student: Tensor, teacher: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, resize_student: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = mask.numel()
+    saved = student.new_empty(3, tokens, dtype=torch.float32)
+    loss = student.new_empty((), dtype=torch.float32)
+    count = student.new_empty((), dtype=torch.int32)
+    direct, resized = (teacher, student) if resize_student else (student, teacher)
+    width = direct.shape[-1]
+    p = plan("forward", width, resized.shape[-1], direct.element_size())
+    programs = triton.cdiv(tokens, p.R)
+    partial_sums = student.new_empty(programs, dtype=torch.float32)
+    partial_counts = student.new_empty(programs, dtype=torch.int32)
+    student, length, *student_strides = _rows(student)
+    teacher, _, *teacher_strides = _rows(teacher)
+    with torch.cuda.device_of(student):
+        if programs:
+            _forward_kernel[(programs,)](
+                student, teacher, mask.contiguous(), mean, std, saved, partial_sums, partial_counts,
+                tokens, length, *student_strides, *teacher_strides,
+                STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=width, WINDOW=p.window, TILES=p.tiles,
+                R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
+            )  # fmt: skip
+        _finish_kernel[(1,)](partial_sums, partial_counts, loss, count, programs, BLOCK=4096, num_warps=16)
+    return loss, saved, count
+
+
+@_forward.register_fake
+def _(student, teacher, mask, mean, std, resize_student):
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty(3, mask.numel(), dtype=torch.float32),
+        student.new_empty((), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("let_composer::alignment_loss_backward", mutates_args=())
+def _backward(
+    grad: Tensor, student: Tensor, teacher: Tensor, mean: Tensor | None, std: Tensor | None, saved: Tensor,
+    count: Tensor, resize_student: bool,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    tokens = saved.shape[1]
+    student, length, *student_strides = _rows(student)
+    teacher, _, *teacher_strides = _rows(teacher)
+    width, source = student.shape[-1], teacher.shape[-1]
+    transposed = resize_student and width != source
+    p = plan("transposed" if transposed else "backward", width, source, out.element_size())
+    kernel = _backward_resized_kernel if transposed else _backward_kernel
+    if tokens:
+        with torch.cuda.device_of(student):
+            kernel[(triton.cdiv(tokens, p.R), p.tiles)](
+                grad, student, teacher, mean, std, saved, count, out,
+                tokens, length, *student_strides, *teacher_strides,
+                STUDENT=width, TEACHER=source, WINDOW=p.window, R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
+            )  # fmt: skip
+    return out
+
+
+@_backward.register_fake
+def _(grad, student, teacher, mean, std, saved, count, resize_student):
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def _setup_context(ctx, inputs, output):
+    student, teacher, _, mean, std, ctx.resize_student = inputs
+    _, saved, count = output
+    ctx.mark_non_differentiable(saved, count)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(student, teacher, mean, std, saved, count)
+
+
+def _differentiate(ctx, grad, *_):
+    gradient = None if grad is None else _backward(grad, *ctx.saved_tensors, ctx.resize_student)
+    return gradient, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("let_composer::target_sum", mutates_args=())
+def _target_sum(teacher: Tensor, mask: Tensor, width: int, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    tokens = mask.numel()
+    teacher, length, *strides = _rows(teacher)
+    p = plan("sum", width, teacher.shape[-1], teacher.element_size())
+    # At most 512 partial sums, whatever the device: the order of additions depends on the shape alone.
+    steps = max(triton.cdiv(tokens, 512 * p.R), triton.cdiv(16, p.R))
+    partial = teacher.new_empty(triton.cdiv(tokens, steps * p.R), width, dtype=torch.float32)
+    if tokens:
+        with torch.cuda.device_of(teacher):
+            _target_sum_kernel[(partial.shape[0],)](
+                teacher, mask.contiguous(), mean, std, partial, tokens, length, steps, *strides,
+                TEACHER=teacher.shape[-1], TARGET=width, WINDOW=p.window,
+                R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
+            )  # fmt: skip
+    return partial.sum(dim=0)
+
+
+@_target_sum.register_fake
+def _(teacher, mask, width, mean, std):
+    return teacher.new_empty(width, dtype=torch.float32)
+
+
+def alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    teacher_mean: Tensor | None = None,
+    teacher_std: Tensor | None = None,
+    resize: str = "teacher",
+) -> Tensor:
+    """:func:`let_composer.loss.reference.alignment_loss` in one pass over the states, in fp32."""
+    return _forward(student, teacher, mask, teacher_mean, teacher_std, resize == "student")[0]
+
+
+def target_sum(
+    teacher: Tensor, mask: Tensor, width: int, teacher_mean: Tensor | None = None, teacher_std: Tensor | None = None
+) -> Tensor:
+    """:func:`let_composer.loss.reference.target_sum` in one pass over the teacher's states, in fp32."""
+    return _target_sum(teacher, mask, width, teacher_mean, teacher_std)
