@@ -234,7 +234,7 @@ class LET(Algorithm):
             check_manifest(folder, _tokenizer(state), length)
         path, block = resolve_layer(state.model, self.student_layer)
         self._check_parallelism(state)
-        device = state.device._device
+        device = _device(state)
         example = torch.zeros(1, 8, device=device)
         alignment_loss(example, example, implementation=self.implementation)  # says now if it cannot run here
         with dist.run_local_rank_zero_first():
@@ -248,6 +248,7 @@ class LET(Algorithm):
         check_vocabulary(_vocabulary(state), vocabulary, self._teacher.rows, self.teacher_name)
         if self.placement == "shard":
             self._teacher.shard()
+        self._statistics.to(device)
         self._capture = Capture(block)
         self._events = _GUIDED
         logger.log_hyperparameters(
@@ -259,8 +260,8 @@ class LET(Algorithm):
             }
         )
         log.info(
-            "LET: %s of the student follows layer %d of %s (%.1fM parameters without embeddings and head), weight %g, %s "
-            "until %s.",
+            "LET: %s of the student follows layer %d of %s (%.1fM parameters without embeddings and head), weight %g, "
+            "%s until %s.",
             path,
             self.teacher_layer,
             self.teacher_name,
@@ -373,7 +374,7 @@ class LET(Algorithm):
     def _retire_if_over(self, state: State, logger: Logger) -> None:
         if self._teacher is None or self._weight_at(state) > 0:
             return
-        device = state.device._device
+        device = _device(state)
         cuda = device.type == "cuda"
         size = sum(p.numel() * p.element_size() for p in self._teacher.body.parameters())
         before = torch.cuda.memory_allocated(device) if cuda else size
@@ -426,6 +427,10 @@ def _plus(loss: Any, term: Tensor) -> Any:
     if isinstance(loss, (tuple, list)):
         return type(loss)([loss[0] + term, *loss[1:]])
     return loss + term
+
+
+def _device(state: State) -> torch.device:
+    return state.device.tensor_to_device(torch.empty(0)).device
 
 
 def _tokenizer(state: State) -> Any:

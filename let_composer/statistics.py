@@ -35,8 +35,9 @@ class FeatureStatistics:
         count, mean, squares = self._moments
         if self.normalize == "center":
             return mean.float(), None
-        std = (squares / count).sqrt()
-        return mean.float(), std.clamp(min=std.mean() * _SMALLEST_DEVIATION).float()
+        std = (squares / count.clamp(min=1)).sqrt()
+        std = std.clamp(min=std.mean() * _SMALLEST_DEVIATION)
+        return mean.float(), torch.where(count > 0, std, 1).float()
 
     def sums(self, features: Tensor, mask: Tensor) -> Tensor:
         """Sums to be added up over microbatches and ranks and given to :meth:`update`; empty when nothing is kept.
@@ -61,7 +62,7 @@ class FeatureStatistics:
             return
         new, total, squares = sums.view(3, -1)
         count, mean, deviation = (
-            torch.zeros_like(sums.view(3, -1)) if self._moments is None else self._moments.to(sums.device)
+            torch.zeros_like(sums.view(3, -1)) if self._moments is None else self._moments
         )
         shift = total / new.clamp(min=1)  # of the batch's mean against the old one
         merged = (count + new).clamp(min=1)
@@ -80,7 +81,12 @@ class FeatureStatistics:
             "moments": None if self._moments is None else self._moments.tolist(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Take over statistics, if they are kept and were kept."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over statistics, if they are kept and were kept; on the CPU until :meth:`to`."""
         if self.normalize != "none" and state["moments"] is not None:
-            self._moments = torch.tensor(state["moments"], dtype=torch.float64, device=device)
+            self._moments = torch.tensor(state["moments"], dtype=torch.float64)
+
+    def to(self, device: torch.device) -> None:
+        """Move to where the features are."""
+        if self._moments is not None:
+            self._moments = self._moments.to(device)

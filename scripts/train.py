@@ -1,0 +1,87 @@
+"""Train from an llm-foundry YAML, as llm-foundry's own train script does, with short forms for ``algorithms``.
+
+    composer scripts/train.py yamls/quickstart_let.yaml max_duration=20ba algorithms.let.weight=0.5
+
+``algorithms: [let]``, ``algorithms: [gradient_clipping: {...}, let]`` and ``let:`` with nothing after it all work, and
+so do command-line overrides of a key of any of them.
+"""
+
+import difflib
+import logging
+import sys
+from typing import Any
+
+from llmfoundry import registry
+from llmfoundry.command_utils.train import train
+from omegaconf import DictConfig, ListConfig
+from omegaconf import OmegaConf as om
+
+__all__ = ["expand_algorithms", "load", "main"]
+
+
+def expand_algorithms(algorithms: Any) -> dict[str, Any]:
+    """Turn any of the accepted forms into llm-foundry's mapping of names to keyword arguments.
+
+    Args:
+        algorithms: A mapping, or a list of names and mappings; an empty value stands for no arguments.
+
+    Raises:
+        ValueError: If an item is neither, or a name is not registered with llm-foundry.
+    """
+    if isinstance(algorithms, str):
+        algorithms = [algorithms]
+    if isinstance(algorithms, (dict, DictConfig)):
+        algorithms = [{name: arguments} for name, arguments in algorithms.items()]
+    expanded: dict[str, Any] = {}
+    for item in algorithms or []:
+        if isinstance(item, str):
+            item = {item: None}
+        if not isinstance(item, (dict, DictConfig)):
+            raise ValueError(f"algorithms must list names or mappings of a name to its arguments, got {item!r}.")
+        for name, arguments in item.items():
+            if name in expanded:
+                raise ValueError(f"algorithms names {name!r} twice. Keep one of them.")
+            expanded[str(name)] = arguments or {}
+    known = set(registry.algorithms.get_all())
+    for name in expanded:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"there is no algorithm {name!r}.{hint} Registered are {', '.join(sorted(known))}.")
+    return expanded
+
+
+def load(path: str, overrides: list[str]) -> DictConfig:
+    """Read a YAML and merge command-line overrides into it.
+
+    Args:
+        path: The YAML.
+        overrides: ``key=value`` strings; keys may be dotted.
+    """
+    om.clear_resolver("oc.env")  # as llm-foundry does: a config must not read the environment
+    configs = [om.load(path), om.from_cli(overrides)]
+    for config in configs:
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"expected {path} to hold a mapping, got {type(config).__name__}.")
+        if "algorithms" in config:
+            algorithms = config.algorithms
+            if isinstance(algorithms, ListConfig):
+                algorithms = list(algorithms)
+            config.algorithms = expand_algorithms(algorithms)
+    merged = om.merge(*configs)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def main(arguments: list[str]) -> None:
+    """``train.py YAML [key=value ...]``"""
+    if not arguments:
+        raise SystemExit(__doc__)
+    config = load(arguments[0], arguments[1:])
+    level = str(config.get("python_log_level", "info")).upper()
+    logging.getLogger("let_composer").setLevel(min(logging.INFO, logging.getLevelName(level)))
+    train(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,84 @@
+"""Time strings and shapes to weights."""
+
+import pytest
+from composer.core import Time
+
+from let_composer.annealing import annealed_weight, parse_stop, resolve_stop
+
+
+@pytest.mark.parametrize("anneal", ["linear", "cosine", "constant"])
+def test_exact_at_the_ends(anneal):
+    assert annealed_weight(0, 7, 0.3, anneal) == 0.3
+    assert annealed_weight(7, 7, 0.3, anneal) == 0.0
+    assert annealed_weight(10**12, 7, 0.3, anneal) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("anneal", "quarter", "half"), [("linear", 0.75, 0.5), ("cosine", 0.853553, 0.5), ("constant", 1, 1)]
+)
+def test_between_the_ends(anneal, quarter, half):
+    assert annealed_weight(25, 100, 1.0, anneal) == pytest.approx(quarter, abs=1e-6)
+    assert annealed_weight(50, 100, 1.0, anneal) == pytest.approx(half)
+
+
+@pytest.mark.parametrize("anneal", ["linear", "cosine", "constant"])
+def test_never_rises_and_stays_positive_before_the_end(anneal):
+    weights = [annealed_weight(step, 1000, 2.0, anneal) for step in range(1001)]
+    assert all(a >= b for a, b in zip(weights, weights[1:], strict=False))
+    assert min(weights[:-1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("stop", "max_duration", "batches", "expected"),
+    [
+        ("0.3dur", "1000ba", None, "300ba"),
+        ("0.3dur", "7ba", None, "2ba"),
+        ("0.5dur", "2e9tok", None, "1000000000tok"),
+        ("0.25dur", "800sp", None, "200sp"),
+        ("0.3dur", "2ep", 50, "30ba"),
+        ("1dur", "10ba", None, "10ba"),
+        ("1ep", "4ep", 25, "25ba"),
+        ("1ep", "60ba", 25, "25ba"),
+        ("2e9tok", "5000ba", None, "2000000000tok"),
+        ("40ba", "2ep", 30, "40ba"),
+    ],
+)
+def test_resolve_stop(stop, max_duration, batches, expected):
+    resolved = resolve_stop(parse_stop(stop), Time.from_timestring(max_duration), batches)
+    assert resolved == Time.from_timestring(expected)
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (1500, "Add a unit"),
+        (0.3, "Add a unit"),
+        ("1500", "such as '0.3dur'"),
+        ("soon", "such as '0.3dur'"),
+        ("10m", "such as '0.3dur'"),
+        ("2h", "wall clock"),
+        ("3iter", "wall clock or iteration"),
+        ("0ba", "greater than 0"),
+        ("-3ba", "greater than 0"),
+        ("1.5dur", "past the end of training"),
+    ],
+)
+def test_a_bad_stop_is_explained(stop, message):
+    with pytest.raises(ValueError, match=message):
+        parse_stop(stop)
+
+
+@pytest.mark.parametrize(
+    ("stop", "max_duration", "batches", "message"),
+    [
+        ("0.1dur", "5ba", None, "never act"),
+        ("11ba", "10ba", None, "past the end of training: expected at most 10ba, got 11ba"),
+        ("3ep", "2ep", 10, "past the end"),
+        ("1ep", "2ep", None, "has no length"),
+        ("0.5dur", "1ep", None, "has no length"),
+        ("0.5dur", "3600sec", None, "no fixed number of steps"),
+    ],
+)
+def test_a_stop_that_does_not_fit_the_run_is_explained(stop, max_duration, batches, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_stop(parse_stop(stop), Time.from_timestring(max_duration), batches)

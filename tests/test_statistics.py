@@ -1,0 +1,76 @@
+"""Running statistics of the teacher's features."""
+
+import pytest
+import torch
+
+from let_composer.statistics import FeatureStatistics
+
+
+def feed(statistics: FeatureStatistics, rows: torch.Tensor, batches: list[int], microbatch: int = 10**9) -> None:
+    for batch in rows.split(batches):
+        parts = [statistics.sums(part, torch.ones(len(part), dtype=torch.bool)) for part in batch.split(microbatch)]
+        statistics.update(torch.stack(parts).sum(dim=0))
+
+
+@pytest.mark.parametrize("microbatch", [10**9, 7])
+def test_equal_to_the_statistics_of_all_rows(microbatch):
+    torch.manual_seed(0)
+    rows = torch.randn(500, 12) * torch.logspace(-3, 3, 12) + 1000  # means far larger than some deviations
+    statistics = FeatureStatistics("standardize")
+    feed(statistics, rows, [1, 99, 250, 150], microbatch)
+    mean, std = statistics.mean_and_std()
+    truth = rows.double()
+    assert mean is not None and std is not None
+    torch.testing.assert_close(mean.double(), truth.mean(dim=0), rtol=1e-6, atol=0)
+    wanted = truth.std(dim=0, correction=0)
+    wanted = wanted.clamp(min=float(wanted.mean()) * 1e-3)
+    torch.testing.assert_close(std.double(), wanted, rtol=1e-3, atol=0)
+
+
+def test_masked_and_non_finite_rows_are_left_out():
+    torch.manual_seed(0)
+    rows = torch.randn(2, 20, 4)
+    mask = torch.rand(2, 20) > 0.5
+    rows[0, 0] = float("nan")
+    mask[0, 0] = True
+    statistics = FeatureStatistics("center")
+    statistics.update(statistics.sums(rows, mask))
+    mask[0, 0] = False
+    mean, std = statistics.mean_and_std()
+    assert std is None and mean is not None
+    torch.testing.assert_close(mean, rows[mask].mean(dim=0))
+
+
+def test_nothing_is_kept_without_normalisation():
+    statistics = FeatureStatistics("none")
+    sums = statistics.sums(torch.randn(3, 4), torch.ones(3, dtype=torch.bool))
+    statistics.update(sums)
+    assert sums.numel() == 0
+    assert statistics.mean_and_std() == (None, None)
+
+
+def test_no_statistics_before_the_first_batch_and_none_from_an_empty_one():
+    statistics = FeatureStatistics("standardize")
+    assert statistics.mean_and_std() == (None, None)
+    rows = torch.randn(5, 3)
+    statistics.update(statistics.sums(rows, torch.ones(5, dtype=torch.bool)))
+    before = statistics.mean_and_std()
+    statistics.update(statistics.sums(rows, torch.zeros(5, dtype=torch.bool)))
+    torch.testing.assert_close(statistics.mean_and_std(), before, rtol=0, atol=0)
+
+
+def test_an_empty_first_batch_leaves_features_alone():
+    statistics = FeatureStatistics("standardize")
+    statistics.update(statistics.sums(torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)))
+    torch.testing.assert_close(statistics.mean_and_std(), (torch.zeros(3), torch.ones(3)))
+
+
+def test_state_is_plain_and_exact():
+    torch.manual_seed(0)
+    statistics = FeatureStatistics("standardize")
+    feed(statistics, torch.randn(100, 6), [30, 70])
+    state = statistics.state_dict()
+    assert all(isinstance(value, float) for row in state["moments"] for value in row)
+    restored = FeatureStatistics("standardize")
+    restored.load_state_dict(state)
+    torch.testing.assert_close(restored.mean_and_std(), statistics.mean_and_std(), rtol=0, atol=0)

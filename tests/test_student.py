@@ -1,0 +1,171 @@
+"""Blocks found by structure, and their output captured once per forward."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LENGTH, VOCABULARY, build_student
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from let_composer.student import Capture, find_blocks, matmul_parameters, resolve_layer
+
+SMALL = {
+    "llama": LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
+    ),
+    "gpt2": GPT2Config(vocab_size=99, n_embd=16, n_layer=4, n_head=2),
+    "qwen2": Qwen2Config(
+        vocab_size=99,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    ),
+    "opt": OPTConfig(
+        vocab_size=99,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("layer", [1, 3, -2])
+def test_the_captured_output_is_the_hidden_state_of_that_number(family, layer):
+    torch.manual_seed(0)
+    config: PretrainedConfig = copy.deepcopy(SMALL[family])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    capture = Capture(resolve_layer(model, layer)[1])
+    capture.arm()
+    ids = torch.randint(0, 99, (2, 8))
+    expected = model(ids, output_hidden_states=True).hidden_states
+    # the last of HF's hidden states is after the final norm, so count from the front: -2 is block 3 of 4
+    torch.testing.assert_close(capture.take(), expected[layer if layer > 0 else 5 + layer], rtol=0, atol=0)
+
+
+def test_mpt_blocks_are_found_below_the_composer_model(student):
+    assert resolve_layer(student, 3)[0] == "model.transformer.blocks.2"
+    assert resolve_layer(student, -1)[1] is student.model.transformer.blocks[-1]
+
+
+def test_mixture_of_experts_lists_inside_blocks_do_not_count(student):
+    for block in student.model.transformer.blocks:
+        block.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])
+    assert find_blocks(student)[0] == "model.transformer.blocks"
+
+
+def test_of_two_lists_the_one_as_long_as_the_configuration_says(student):
+    student.heads = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+    assert find_blocks(student)[0] == "model.transformer.blocks"
+
+
+def test_an_encoder_decoder_is_ambiguous_and_a_dotted_path_is_the_way_out():
+    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=1, d_kv=8))
+    with pytest.raises(ValueError, match="found 2: encoder.block.*decoder.block.*dotted path"):
+        find_blocks(model)
+    path, module = resolve_layer(model, "decoder.block.1")
+    assert (path, module) == ("decoder.block.1", model.decoder.block[1])
+
+
+def test_no_blocks_at_all():
+    with pytest.raises(ValueError, match="found 0: none"):
+        find_blocks(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layer", [0, 5, -5, 31])
+def test_a_layer_out_of_range_says_how_many_there_are(student, layer):
+    with pytest.raises(ValueError, match=rf"has 4 blocks. Got {layer}"):
+        resolve_layer(student, layer)
+
+
+def test_a_wrong_path_names_the_lists(student):
+    with pytest.raises(ValueError, match="no module 'transformer.block.2'.*model.transformer.blocks"):
+        resolve_layer(student, "transformer.block.2")
+
+
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")  # both kinds are meant here
+@pytest.mark.parametrize("impl", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
+def test_under_activation_checkpointing_the_wrapper_is_hooked_and_fires_once_with_a_gradient(tokenizer, impl):
+    model = build_student(tokenizer)
+    blocks = set(model.model.transformer.blocks)
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, checkpoint_impl=impl),
+        check_fn=lambda m: m in blocks,
+    )
+    path, block = resolve_layer(model, 2)
+    assert path == "model.transformer.blocks.1"
+    assert block is model.model.transformer.blocks[1] and block not in blocks
+    assert resolve_layer(model, path)[1] is block
+    fired = []
+    block.register_forward_hook(lambda *_: fired.append(1))
+    capture = Capture(block)
+    capture.arm()
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
+    logits = model({"input_ids": ids, "labels": ids}).logits
+    hidden = capture.take()
+    assert hidden.requires_grad
+    (hidden.square().mean() + logits.mean()).backward()
+    assert len(fired) == 1
+    assert capture.hidden is None  # recomputing in backward left nothing behind
+
+
+def test_unarmed_forwards_leave_nothing(student):
+    capture = Capture(resolve_layer(student, 2)[1])
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
+    student({"input_ids": ids})
+    assert capture.hidden is None
+    with pytest.raises(RuntimeError, match="expected the captured block to return hidden states"):
+        capture.take()
+    capture.arm()
+    student({"input_ids": ids})
+    capture.remove()
+    student({"input_ids": ids})
+    assert capture.hidden is None and not student.model.transformer.blocks[1]._forward_hooks
+
+
+def test_a_copy_of_the_model_copies_no_activation(student):
+    capture = Capture(resolve_layer(student, 2)[1])
+    capture.arm()
+    student({"input_ids": torch.randint(0, VOCABULARY, (2, LENGTH))})
+    assert capture.hidden is not None and capture.hidden.grad_fn is not None  # deepcopy of such a tensor would raise
+    copy.deepcopy(student)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_matmul_parameters(family):
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL[family]))
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) or "Conv1D" in str(type(m)))
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert matmul_parameters(model) == matrices + vectors
+    body = model.base_model
+    head = model.get_output_embeddings()
+    assert matmul_parameters(body) == matrices + vectors - head.weight.numel()
+
+
+def test_matmul_parameters_of_a_tied_mpt(student):
+    embeddings = student.model.transformer.wpe.weight.numel()
+    assert matmul_parameters(student) == sum(p.numel() for p in student.parameters()) - embeddings

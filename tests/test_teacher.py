@@ -1,0 +1,217 @@
+"""Loading, checking, running and sharding teachers; every family through a real folder or file."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import LENGTH, VOCABULARY, build_student
+from test_student import SMALL
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+
+from let_composer.student import matmul_parameters
+from let_composer.teacher import Teacher, check_vocabulary, read_vocabulary
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_hidden_states_are_the_last_normed_ones_without_the_head(family, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL[family])).eval()
+    model.save_pretrained(tmp_path)
+    teacher = Teacher(str(tmp_path))
+    ids = torch.randint(0, 99, (2, 8))
+    expected = model(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(teacher.hidden(ids), expected)
+    assert teacher.parameters == matmul_parameters(model) - model.get_output_embeddings().weight.numel()
+    assert not any("head" in name or "embed_out" in name for name, _ in teacher.body.named_parameters())
+
+
+def test_it_is_frozen_in_eval_mode_and_passes_no_gradient(teacher_folder):
+    teacher = Teacher(teacher_folder)
+    assert not teacher.body.training
+    assert not any(p.requires_grad for p in teacher.body.parameters())
+    assert {p.dtype for p in teacher.body.parameters()} == {torch.float32}
+    assert not teacher.hidden(torch.zeros(1, 4, dtype=torch.long)).requires_grad
+
+
+@pytest.mark.parametrize(("layer", "blocks"), [(1, 1), (-2, 1), (2, 2), (-1, 2)])
+def test_a_middle_layer_drops_the_blocks_behind_it(teacher_folder, layer, blocks):
+    teacher = Teacher(teacher_folder, layer=layer)
+    model = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    expected = model(ids, output_hidden_states=True).hidden_states[blocks]
+    torch.testing.assert_close(teacher.hidden(ids), expected)
+    assert len(teacher.body.layers) == blocks
+
+
+@pytest.mark.parametrize("layer", [3, -3, 0])
+def test_a_layer_out_of_range(teacher_folder, layer):
+    with pytest.raises(ValueError, match=f"teacher_layer must be between 1 and 2.*Got {layer}"):
+        Teacher(teacher_folder, layer=layer)
+
+
+def test_an_exported_mpt_is_a_teacher(tokenizer, tmp_path):
+    model = build_student(tokenizer).model.eval()
+    model.save_pretrained(tmp_path)
+    teacher = Teacher(str(tmp_path))
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
+    expected = model.transformer(ids).last_hidden_state
+    torch.testing.assert_close(teacher.hidden(ids), expected)
+    assert teacher.context == LENGTH
+
+
+def write_gguf(path, model: LlamaForCausalLM, tokens: list[str]) -> None:
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("test")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    parts = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, tensor in model.state_dict().items():
+        data = tensor.detach().clone()
+        if name.startswith("model.layers."):
+            _, _, block, part = name.removesuffix(".weight").split(".", 3)
+            if part in ("self_attn.q_proj", "self_attn.k_proj"):  # GGUF keeps rotary halves interleaved
+                heads, (rows, columns) = config.num_attention_heads, data.shape
+                data = data.view(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            target = f"blk.{block}.{parts[part]}.weight"
+        else:
+            target = names[name]
+        writer.add_tensor(target, np.ascontiguousarray(data.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_a_teacher(teacher_folder, tokenizer, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(teacher_folder).eval()
+    tokens = tokenizer.convert_ids_to_tokens(range(VOCABULARY))
+    write_gguf(tmp_path / "teacher.gguf", model, tokens)
+    name = str(tmp_path / "teacher.gguf")
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    torch.testing.assert_close(Teacher(name).hidden(ids), model.model(ids).last_hidden_state)
+    assert read_vocabulary(name) == dict(enumerate(tokens))
+
+
+@pytest.mark.parametrize("length", [LENGTH, LENGTH + 5, 3 * LENGTH])
+def test_a_sequence_beyond_its_context_runs_in_windows(teacher_folder, length):
+    teacher = Teacher(teacher_folder)
+    assert teacher.context == LENGTH
+    ids = torch.randint(0, VOCABULARY, (3, length))
+    hidden = teacher.hidden(ids, torch.ones_like(ids))
+    expected = torch.cat([teacher.hidden(part) for part in ids.split(LENGTH, dim=1)], dim=1)
+    torch.testing.assert_close(hidden, expected)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 2 * LENGTH])
+def test_padding_does_not_change_what_precedes_or_follows_it(teacher_folder, length):
+    teacher = Teacher(teacher_folder)
+    ids = torch.randint(0, VOCABULARY - 2, (2, length))
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0  # right
+    mask[1, :3] = 0  # left
+    other = ids.where(mask.bool(), VOCABULARY - 1)
+    kept = mask.bool()
+    torch.testing.assert_close(teacher.hidden(ids, mask)[kept], teacher.hidden(other, mask)[kept])
+
+
+def test_no_such_teacher(tmp_path):
+    with pytest.raises(ValueError, match="there is no teacher at './nowhere'"):
+        Teacher("./nowhere")
+    with pytest.raises(ValueError, match="there is no teacher at .*missing.gguf"):
+        Teacher(str(tmp_path / "missing.gguf"))
+    with pytest.raises(ValueError, match="expected a model id on the hub, a folder with config.json"):
+        Teacher(str(tmp_path))
+
+
+def test_an_unknown_hub_id_says_what_was_expected(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="there is no teacher 'nobody/no-such-model@main': expected a model id"):
+        Teacher("nobody/no-such-model@main")
+
+
+def test_incomplete_weights_are_refused(teacher_folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(teacher_folder)
+    weights = {k: v for k, v in model.state_dict().items() if "layers.1.mlp" not in k}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match="lacks 3 of the weights of LlamaModel .for example layers.1.mlp"):
+        Teacher(str(tmp_path))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Model(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        Teacher(str(tmp_path))
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not a causal decoder"):
+        Teacher(str(tmp_path))
+
+
+def test_remote_code_is_refused_unless_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "code.OwnConfig"}}')
+    (tmp_path / "code.py").write_text("raise SystemExit('this code must not run')")
+    with pytest.raises(ValueError, match="brings its own code.*trust_remote_code: true"):
+        Teacher(str(tmp_path))
+
+
+class TestVocabulary:
+    ours = {0: "a", 1: "b", 2: "c"}
+
+    def test_equal_or_longer_is_fine(self, caplog):
+        check_vocabulary(self.ours, {**self.ours, 3: "d"}, rows=8, name="t")
+        assert not caplog.records
+
+    def test_a_different_token_is_named(self):
+        with pytest.raises(ValueError, match="1 of 3 token ids differ .1 is 'b' here and 'x' there"):
+            check_vocabulary(self.ours, {0: "a", 1: "x", 2: "c"}, rows=3, name="t")
+
+    def test_an_id_outside_the_embedding_is_named(self):
+        with pytest.raises(ValueError, match="embeddings for 2 token ids.*goes up to id 2 .'c'"):
+            check_vocabulary(self.ours, None, rows=2, name="t")
+
+    def test_added_tokens_in_the_padding_rows_warn(self, caplog):
+        check_vocabulary(self.ours, {0: "a", 1: "b"}, rows=4, name="t")
+        assert "never saw 1 of the student's tokens: 'c'" in caplog.text
+
+    def test_an_unknown_vocabulary_warns(self, caplog):
+        with caplog.at_level(logging.WARNING):
+            check_vocabulary(self.ours, None, rows=4, name="t")
+        assert "comes without a tokenizer" in caplog.text
+
+    def test_it_is_read_from_the_folder(self, teacher_folder, tokenizer, tmp_path):
+        assert read_vocabulary(teacher_folder) == {i: t for t, i in tokenizer.get_vocab().items()}
+        LlamaConfig().save_pretrained(tmp_path)
+        assert read_vocabulary(str(tmp_path)) is None
