@@ -52,7 +52,7 @@ def target_sum(
     scores without any information about the token.
     """
     target = _normalize(teacher, teacher_mean, teacher_std, _arithmetic(teacher))
-    return _unit(resize_features(target, width), mask).flatten(0, -2).sum(dim=0)
+    return _unit(resize_features(target, width), mask).reshape(-1, width).sum(dim=0)
 
 
 def resize_features(features: Tensor, width: int) -> Tensor:
