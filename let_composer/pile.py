@@ -52,8 +52,8 @@ FORMAT = 1
 STRETCH = 1 << 20
 PROBLEMS_KEPT = 100
 HASH = "xxh128"
-# So few shards are written before a worker has imported streaming.
-FEW_SHARDS = 8
+# Importing streaming takes seconds; so much is written sooner without workers.
+WRITTEN_ALONE = 512 << 20
 
 # Share of each subset in the Pile, in percent of what a model sees in one pass (Gao et al. 2020, table 1).
 PILE_WEIGHTS = {
@@ -183,7 +183,11 @@ class Piece:
     @property
     def name(self) -> str:
         """Name of its token file."""
-        return f"{self.source:05}-{self.number:07}"
+        return _piece_name(self.source, self.number)
+
+
+def _piece_name(source: int, number: int) -> str:
+    return f"{source:05}-{number:07}"
 
 
 KINDS = {
@@ -221,12 +225,12 @@ def list_sources(inputs: Sequence[str]) -> list[Source]:
             raise PileError(f"Reading {name} needs another package: {error}") from error
         except ValueError as error:
             raise PileError(f"Expected a file, folder, URL or hf:NAME, got {name!r}: {error}") from error
-        if any(c in root for c in "*?["):
-            found = fs.glob(root)
-        elif fs.isdir(root):
+        if fs.isdir(root):
             found = [path for path in fs.find(root) if _kind(path)]
         elif fs.exists(root):
             found = [root]
+        elif any(c in root for c in "*?["):
+            found = fs.glob(root)
         else:
             raise PileError(
                 f"No such file or folder: {name}. Expected {', '.join(KINDS)} files, a folder of them, a URL that "
@@ -238,20 +242,14 @@ def list_sources(inputs: Sequence[str]) -> list[Source]:
             kind = _kind(path)
             if kind is None:
                 raise PileError(f"Cannot read {path}: expected a name that ends in {', '.join(KINDS)}.")
-            local = "://" not in name
             info = fs.info(path)
-            # As the user wrote it: an absolute path would make the manifest depend on where the input lies.
-            shown = os.path.join(name, os.path.relpath(path, root)) if local and path != root else path
-            if local and path == root:
-                shown = name
-            sources.append(
-                Source(
-                    shown if local else fs.unstrip_protocol(path),
-                    kind,
-                    info.get("size"),
-                    str(info.get("mtime") or info.get("LastModified") or info.get("ETag") or ""),
-                )
-            )
+            if "://" in name:
+                shown = fs.unstrip_protocol(path)
+            else:
+                # Absolute only where the user was: the manifest need not depend on where a relative input lies.
+                shown = path if os.path.isabs(name) else os.path.relpath(path)
+            modified = info.get("mtime") or info.get("LastModified") or info.get("ETag") or ""
+            sources.append(Source(shown, kind, info.get("size"), str(modified)))
     if repeated := [path for path, n in Counter(s.path for s in sources).items() if n > 1]:
         raise PileError(f"Named more than once: {', '.join(repeated)}. Its documents would be repeated.")
     return sources
@@ -270,12 +268,21 @@ class _Counted:
         return block
 
 
+class _Damaged(Exception):
+    """A compressed file that ends too early or does not decompress."""
+
+
 def _blocks(file: _Counted, kind: str) -> Iterator[bytes]:
-    """Decompressed blocks of a file; a file that ends too early raises EOFError after its last whole block."""
+    """Yield decompressed blocks; all that could be read comes before ``_Damaged`` is raised."""
     if kind == "gz":
-        with gzip.GzipFile(fileobj=file, mode="rb") as stream:  # pyright: ignore[reportArgumentType]
-            while block := stream.read(1 << 20):
-                yield block
+        with gzip.open(file, "rb") as stream:  # pyright: ignore[reportCallIssue, reportArgumentType]
+            try:
+                while block := stream.read1(1 << 20):
+                    yield block
+            except EOFError as error:
+                raise _Damaged("truncated file", str(error)) from error
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise _Damaged("corrupt file", str(error)) from error
     elif kind == "zst":
         try:
             import zstandard
@@ -287,12 +294,15 @@ def _blocks(file: _Counted, kind: str) -> Iterator[bytes]:
         while block := file.read(1 << 16):
             while block:
                 frame = frame or codec.decompressobj()
-                yield frame.decompress(block)
-                block = frame.unused_data if frame.eof else b""
+                try:
+                    yield frame.decompress(block)
+                except zstandard.ZstdError as error:
+                    raise _Damaged("corrupt file", str(error)) from error
+                block = b""
                 if frame.eof:
-                    frame = None
+                    block, frame = frame.unused_data, None
         if frame is not None:
-            raise EOFError("the zstd frame is not complete")
+            raise _Damaged("truncated file", "the last zstd frame is not complete")
     else:
         while block := file.read(1 << 20):
             yield block
@@ -314,7 +324,6 @@ def _lines(source: Source, number: int, piece_bytes: int, reading: Reading) -> I
     with fsspec.open(source.path, "rb") as opened:
         file = _Counted(opened)  # pyright: ignore[reportArgumentType]
         buffer, searched, first_line = bytearray(), 0, 1
-        blocks = _blocks(file, source.kind)
 
         def piece(end: int) -> Piece:
             nonlocal searched, first_line
@@ -325,37 +334,25 @@ def _lines(source: Source, number: int, piece_bytes: int, reading: Reading) -> I
             searched = 0
             return cut
 
-        while True:
-            try:
-                block = next(blocks, None)
-            except (EOFError, OSError, zlib.error, ArithmeticError) as error:
-                if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-                    raise
-                reading.problem = {"kind": "truncated file", "message": str(error)}
-                break
-            except Exception as error:
-                if type(error).__name__ != "ZstdError":
-                    raise
-                reading.problem = {"kind": "corrupt file", "message": str(error)}
-                break
-            if block is None:
-                break
-            buffer += block
-            while len(buffer) >= piece_bytes:
-                end = buffer.find(b"\n", max(searched, piece_bytes - 1))
-                if end < 0:
-                    searched = len(buffer)
-                    break
-                yield piece(end + 1)
+        try:
+            for block in _blocks(file, source.kind):
+                buffer += block
+                while len(buffer) >= piece_bytes:
+                    end = buffer.find(b"\n", max(searched, piece_bytes - 1))
+                    if end < 0:
+                        searched = len(buffer)
+                        break
+                    yield piece(end + 1)
+        except _Damaged as error:
+            reading.problem = dict(zip(("kind", "message"), error.args, strict=True))
         if reading.problem:
             # What follows the last line end is half a document.
             reading.problem["line"] = first_line + buffer.count(b"\n")
             del buffer[buffer.rfind(b"\n") + 1 :]
         if buffer:
             yield piece(len(buffer))
-        with contextlib.suppress(OSError):
-            while file.read(1 << 20):
-                pass
+        while file.read(1 << 20):
+            pass
         reading.sha256 = file.digest.hexdigest()
 
 
@@ -513,8 +510,8 @@ def _start_worker(job: Job) -> None:
     _encoder.encode_special_tokens = True
 
 
-def _documents(piece: Piece, problem: Any) -> Iterator[tuple[str, str]]:
-    """Yield text and subset of each document of the piece, and report the others."""
+def _documents(piece: Piece, problem: Any) -> Iterator[tuple[str, str, float, int]]:
+    """Yield text, subset, place in [0, 1) and bytes of each document of the piece, and report the others."""
     payload = piece.payload
     lines: Iterable[Any] = payload.split(b"\n") if isinstance(payload, bytes) else payload
     for number, line in enumerate(lines, piece.first_line):
@@ -546,7 +543,10 @@ def _documents(piece: Piece, problem: Any) -> Iterator[tuple[str, str]]:
                     meta = json.loads(meta)
             name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
             subset = name if isinstance(name, str) else UNLABELLED
-        yield text, subset
+        try:
+            yield text, subset, *_digest(text)
+        except UnicodeEncodeError as error:
+            problem(number, "invalid UTF-8", str(error))
 
 
 def _stretches(text: str) -> Iterator[str]:
@@ -603,13 +603,7 @@ def _tokenize(piece: Piece) -> dict[str, Any]:
                 tokens.append(end)
         waiting.clear()
 
-    line = piece.first_line
-    for text, subset in _documents(piece, problem):
-        try:
-            where, size = _digest(text)
-        except UnicodeEncodeError as error:
-            problem(line, "invalid UTF-8", str(error))
-            continue
+    for text, subset, where, size in _documents(piece, problem):
         key = (subset, SPLITS[where < _job.validation])
         documents[key] += 1
         sizes[key] += size
@@ -808,7 +802,8 @@ def convert(plan: Plan, out: str, workers: int | None = None, work: str | None =
             plan.on_error,
             folder / "tokens",
         )
-        with _pool(workers, job) as pool:
+        large = sum(s.size or 1 << 40 for s in sources) > WRITTEN_ALONE
+        with _pool(workers, job, large) as pool:
             readings = _tokenize_all(plan, sources, folder / "tokens", pool, progress)
             _write_all(plan, manifest, sources, readings, folder, remote, pool, progress)
         result = folder / "out"
@@ -898,14 +893,14 @@ def _no_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pool(workers: int | None, job: Job) -> Iterator[Any]:
+def _pool(workers: int | None, job: Job, large: bool) -> Iterator[Any]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     workers = workers or len(os.sched_getaffinity(0))
     # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["let_composer.pile", "tokenizers"])
+    context.set_forkserver_preload(["let_composer.pile", "tokenizers"] + ["streaming"] * large)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
     try:
         yield pool
@@ -960,9 +955,13 @@ def _tokenize_all(plan: Plan, sources: list[Source], folder: Path, pool: Any, pr
         for number, source in enumerate(sources):
             reading, record = readings[number], folder / f"{number:05}.json"
             if record.exists():
-                readings[number] = Reading(**json.loads(record.read_text()))
-                advance(number, source.size or 0)
-                continue
+                # It says that all pieces have been cut; some may still have been with a worker.
+                reading = Reading(**json.loads(record.read_text()))
+                if all((folder / f"{_piece_name(number, n)}.json").exists() for n in range(reading.pieces)):
+                    readings[number] = reading
+                    advance(number, source.size or 0)
+                    continue
+                reading = readings[number]
             cut = (
                 _rows(source, number, plan.piece_bytes, reading, plan.text_key)
                 if source.kind in ("parquet", "hf")
@@ -974,7 +973,6 @@ def _tokenize_all(plan: Plan, sources: list[Source], folder: Path, pool: Any, pr
                     yield _tokenize, piece, size
             if reading.problem and plan.on_error == "stop":
                 raise PileError(_describe({"path": source.path, **reading.problem}))
-            # A source's record says that all its pieces have been cut, not that they are done.
             _write_json(record, dataclasses.asdict(reading))
 
     with bar:
@@ -996,7 +994,7 @@ def _write_all(
     from streaming.base.util import merge_index
     from tqdm import tqdm
 
-    names = [f"{s:05}-{p:07}" for s, reading in enumerate(readings) for p in range(reading.pieces)]
+    names = [_piece_name(s, p) for s, reading in enumerate(readings) for p in range(reading.pieces)]
     records = [json.loads((folder / "tokens" / f"{name}.json").read_text()) for name in names]
     problems = [{"path": s.path, **r.problem} for s, r in zip(sources, readings, strict=True) if r.problem]
     counts = Counter(p["kind"] for p in problems)
@@ -1068,7 +1066,7 @@ def _write_all(
             "more text or a smaller --sequence-length."
         )
     with tqdm(total=len(tasks), unit="shard", desc="write", disable=not progress) as bar:
-        if len(tasks) <= FEW_SHARDS:
+        if sum(len(shard.samples) for _, shard, _ in tasks) * plan.sequence_length * width <= WRITTEN_ALONE:
             for _, shard, _ in tasks:
                 _write_shard(shard)
                 bar.update()

