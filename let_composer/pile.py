@@ -809,7 +809,8 @@ def convert(plan: Plan, out: str, workers: int | None = None, work: str | None =
         result = folder / "out"
         (result / "streams.yaml").write_text(streams_block(manifest, out))
         if remote:
-            _upload(result, remote, manifest)
+            with _no_warnings():
+                _upload(result, remote, manifest)
         else:
             with contextlib.suppress(OSError):
                 Path(out).rmdir()
