@@ -1,4 +1,4 @@
-"""What every test builds on: a small tokenizer, teachers on disk, a small MPT student and real batches for a Trainer."""
+"""What every test builds on: a small tokenizer, teachers on disk, a small MPT student, real batches for a Trainer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +46,10 @@ def teacher_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
     return str(folder)
 
 
+def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def build_student(tokenizer: PreTrainedTokenizerFast, seed: int = 17, **overrides: Any) -> ComposerMPTCausalLM:
     torch.manual_seed(seed)
     options: dict[str, Any] = {
@@ -84,9 +88,9 @@ def build_data(
     return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Trainer]:
-    """Train a student for some batches with a real Trainer and return the trainer; its first logger keeps all metrics."""
+    """Train a student for some batches with a real Trainer and return the trainer; its first logger keeps metrics."""
 
     def run(*algorithms: Any, fit: bool = True, data: DataSpec | None = None, **overrides: Any) -> Trainer:
         model = overrides.pop("model", None) or build_student(tokenizer)

@@ -6,10 +6,13 @@ file again in a process of its own with ``TRITON_INTERPRET=1``, and no environme
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from let_composer import loss
 from let_composer.loss import alignment_loss, kernels, reference, target_sum
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -264,7 +268,7 @@ def test_registered_like_any_op(device, resize_student):
     student, teacher = states((2, 2), 24, torch.float32, device), states((2, 2), 16, torch.float32, device, 1)
     mask = torch.ones(2, 2, dtype=torch.bool, device=device)
     mean = teacher[0, 0].clone()
-    ops = torch.ops.let_composer
+    ops: Any = torch.ops.let_composer
     loss, saved, count = ops.alignment_loss(student, teacher, mask, mean, None, resize_student)
     for op, arguments in (
         (ops.alignment_loss, (student.clone().requires_grad_(), teacher, mask, mean, None, resize_student)),
@@ -368,18 +372,96 @@ def test_memory(device, teacher_width):
     assert extra <= student.numel() * student.element_size() + 4096 * 24 + 2**16  # the gradient, and little beside it
 
 
-if not INTERPRETED:
+def benchmark_loss():
+    spec = importlib.util.spec_from_file_location("benchmark_loss", ROOT / "scripts" / "benchmark_loss.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def _benchmark():
-        spec = importlib.util.spec_from_file_location("benchmark_loss", ROOT / "scripts" / "benchmark_loss.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["benchmark_loss"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
 
-    def test_in_the_interpreter():
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+@on_device
+def test_benchmark(device, tmp_path):
+    pairs = ["64/24", "64/64"]
+    options = f"--device {device} --methods ours eager --implementation triton --tokens 2 3 --repeats 2".split()
+    benchmark_loss().main([*options, "--pairs", *pairs, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "benchmark_loss.json").read_text())
+    assert {(row["pair"], row["tokens"], row["method"], row["pass"]) for row in report["results"]} == {
+        (pair, tokens, method, which)
+        for pair in pairs
+        for tokens in (2, 3)
+        for method in ("ours", "eager")
+        for which in ("forward", "backward", "both")
+    }
+    assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in report["results"]) and report["copy_gb_per_s"] > 0
+    assert {"device", "torch", "triton", "commit", "date"} <= report["environment"].keys()
+    assert (tmp_path / "benchmark_loss.png").stat().st_size > 10_000
+
+
+@on_device
+def test_benchmark_refuses_to_time_a_wrong_result(device, tmp_path, monkeypatch):
+    module = benchmark_loss()
+    monkeypatch.setattr(module, "alignment_loss", lambda s, t, mask, **_: 1.01 * reference.alignment_loss(s, t, mask))
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        module.main(f"--device {device} --methods ours --pairs 64/64 --tokens 2 --out {tmp_path / 'x'}".split())
+    assert not (tmp_path / "x").exists()
+
+
+# What follows needs a process without the interpreter, and no GPU.
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+@compiled_only
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@compiled_only
+@pytest.mark.parametrize("pair", ["2048/2048", "2048/768", "2048/576", "4096/2048", "768/128"])
+def test_compiled_kernels(pair):
+    module = benchmark_loss()
+    rows = module.compile_report([pair])
+    assert {row["sm"] for row in rows} == {80, 90, 100}
+    student, teacher = map(int, pair.split("/"))
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["registers"] <= module.MAX_REGISTERS[row["kernel"]], row
+        wide = row["wide_expected"]  # 128-bit accesses of a thread to its part of a tile
+        if row["kernel"] in ("forward", "backward"):
+            # Only the taps of a resized teacher, and the few numbers of a row, are read in less than 128 bits.
+            assert row["loads"].get(128, 0) >= wide * (2 if student == teacher else 1), row
+            assert student != teacher or 16 not in row["loads"], row
+        if row["kernel"] != "forward":
+            assert set(row["stores"]) == {128}, row
+        if row["kernel"] == "backward":
+            assert row["stores"][128] == wide, row
+    table = module.report_table(rows)
+    assert len(table.splitlines()) == 2 + len(rows)
+
+
+@compiled_only
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors are refused everywhere, but this says why")
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        alignment_loss(torch.randn(2, 8), torch.randn(2, 8), implementation="triton")
+
+
+@compiled_only
+def test_broken_triton_warns_once_and_falls_back(monkeypatch):
+    monkeypatch.setitem(sys.modules, "let_composer.loss.kernels", None)  # as if importing it failed
+    monkeypatch.delattr(loss, "kernels", raising=False)
+    loss._try_triton.cache_clear()
+    on_cuda: Any = SimpleNamespace(is_cuda=True)
+    try:
+        with pytest.warns(UserWarning, match="runs in plain torch") as record:
+            assert loss._implementation("auto", on_cuda) is reference
+            assert loss._implementation("auto", on_cuda, None) is reference
+        assert len(record) == 1
+        with pytest.raises(RuntimeError, match="Triton does not work here"):
+            loss._implementation("triton", on_cuda)
+        assert loss._implementation("torch", on_cuda) is reference
+    finally:
+        loss._try_triton.cache_clear()

@@ -1,0 +1,170 @@
+"""The train script's short forms and overrides, and LET through llm-foundry's own configuration and data path."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import train as script  # scripts/train.py
+from llmfoundry import registry
+from llmfoundry.command_utils.train import train_from_yaml
+from omegaconf import OmegaConf as om
+from streaming import MDSWriter
+
+from let_composer import LET
+
+YAMLS = Path(__file__).parents[1] / "yamls"
+
+
+def write(path: Path, algorithms: str) -> str:
+    path.write_text(f"max_duration: 4ba\nalgorithms:{algorithms}\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "expected"),
+    [
+        (" [let]", {"let": {}}),
+        (" let", {"let": {}}),
+        ("\n  let:", {"let": {}}),
+        ("\n  let: {}", {"let": {}}),
+        ("\n  let: {weight: 0.3}", {"let": {"weight": 0.3}}),
+        (
+            " [gradient_clipping: {clipping_type: norm}, let]",
+            {"gradient_clipping": {"clipping_type": "norm"}, "let": {}},
+        ),
+        (
+            "\n- gradient_clipping:\n    clipping_type: norm\n- let:",
+            {"gradient_clipping": {"clipping_type": "norm"}, "let": {}},
+        ),
+        ("", {}),
+    ],
+)
+def test_short_forms_and_overrides(tmp_path, algorithms, expected):
+    path = write(tmp_path / "run.yaml", algorithms)
+    assert om.to_container(script.load(path, []))["algorithms"] == expected
+    overridden = om.to_container(script.load(path, ["algorithms.let.weight=0.05", "max_duration=2ba"]))
+    assert overridden["max_duration"] == "2ba"
+    assert overridden["algorithms"] == {**expected, "let": {**expected.get("let", {}), "weight": 0.05}}
+    assert list(overridden["algorithms"]) == list({**expected, "let": {}})  # order is the order of execution
+
+
+def test_the_whole_list_can_be_given_on_the_command_line(tmp_path):
+    path = write(tmp_path / "run.yaml", "\n  gradient_clipping: {clipping_type: norm}")
+    assert set(script.load(path, ["algorithms=[let]"]).algorithms) == {"gradient_clipping", "let"}
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "message"),
+    [
+        (" [lett]", "no algorithm 'lett'. Did you mean 'let'?"),
+        ("\n  gradient_cliping: {}", "Did you mean 'gradient_clipping'?"),
+        (" [let, let]", "names 'let' twice"),
+        (" [3]", "names or mappings of a name to its arguments, got 3"),
+    ],
+)
+def test_a_bad_list_is_explained(tmp_path, algorithms, message):
+    with pytest.raises(ValueError, match=message):
+        script.load(write(tmp_path / "run.yaml", algorithms), [])
+
+
+def test_no_yaml_shows_the_usage():
+    with pytest.raises(SystemExit, match="composer scripts/train.py"):
+        script.main([])
+
+
+def test_the_entry_point_is_installed():
+    (entry,) = importlib.metadata.entry_points(group="llmfoundry_algorithms", name="let")
+    assert entry.value == "let_composer:LET"
+    assert registry.algorithms.get("let") is LET
+
+
+@pytest.fixture
+def shards(tmp_path, tokenizer) -> Path:
+    generator = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        with MDSWriter(out=str(tmp_path / "shards" / split), columns={"tokens": "ndarray:int32"}) as writer:
+            for _ in range(40):
+                writer.write({"tokens": generator.integers(0, 62, 16, dtype=np.int32)})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path
+
+
+# llm-foundry's own mpt-small-cpu, in its keys and values where they concern LET, on local shards and 16 tokens.
+SMALL_CPU = """
+variables: {{data: {root}/shards}}
+model:
+  name: mpt_causal_lm
+  d_model: 16
+  n_heads: 4
+  n_layers: 4
+  expansion_ratio: 5
+  max_seq_len: 16
+  vocab_size: 64
+  attn_config: {{attn_impl: torch}}
+  loss_fn: torch_crossentropy
+tokenizer: {{name: {root}/tokenizer, kwargs: {{model_max_length: 16}}}}
+max_seq_len: 16
+train_loader:
+  name: text
+  dataset: {{local: "${{variables.data}}", split: train, shuffle: true, max_seq_len: 16, shuffle_seed: 17}}
+  drop_last: true
+  num_workers: 2
+eval_loader:
+  name: text
+  dataset: {{local: "${{variables.data}}", split: validation, shuffle: false, max_seq_len: 16}}
+  drop_last: false
+  num_workers: 2
+scheduler: {{name: cosine_with_warmup, t_warmup: 2ba, alpha_f: 0.1}}
+optimizer: {{name: decoupled_adamw, lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0}}
+algorithms:
+  gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}
+{let}
+max_duration: 6ba
+eval_interval: 3ba
+eval_first: true
+global_train_batch_size: 8
+device_train_microbatch_size: 4
+device_eval_batch_size: 8
+precision: fp32
+seed: 17
+log_to_console: false
+loggers: {{inmemory: {{}}}}
+callbacks:
+  speed_monitor: {{window_size: 10}}
+  lr_monitor: {{}}
+  memory_monitor: {{}}
+  runtime_estimator: {{}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # llm-foundry's, streaming's and multiprocessing's own; what is tested is the run
+def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder):
+    """Through llm-foundry's own entry, not ours."""
+
+    def run(let: str) -> Any:
+        path = shards / "run.yaml"
+        path.write_text(SMALL_CPU.format(root=shards, let=let))
+        trainer = train_from_yaml(str(path))
+        logged = trainer.logger.destinations[0].data
+        trainer.close()
+        return {name: [value for _, value in points] for name, points in logged.items()}
+
+    plain = run("")
+    guided = run(f"  let: {{teacher: {teacher_folder}, weight: 1.0, stop: 0.5dur}}")
+    assert guided["let/weight"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert len(guided["let/loss"]) == 3
+    assert len(guided["loss/train/total"]) == len(plain["loss/train/total"]) == 6
+    assert len(guided["metrics/eval/LanguageCrossEntropy"]) == 3
+    assert guided["metrics/eval/LanguageCrossEntropy"][0] == plain["metrics/eval/LanguageCrossEntropy"][0]
+    assert guided["let/lm_loss"][0] == pytest.approx(plain["loss/train/total"][0])
+
+
+@pytest.mark.parametrize("kind", ["quickstart", "pretrained"])
+def test_twins_differ_in_let_alone(kind):
+    baseline, let = (om.to_container(om.load(YAMLS / f"{kind}_{name}.yaml")) for name in ("baseline", "let"))
+    assert baseline["run_name"] == "baseline" and let["run_name"] == "let"
+    assert LET(**{**let["algorithms"].pop("let"), "teacher": "./anywhere"})
+    assert baseline == {**let, "run_name": "baseline"}
