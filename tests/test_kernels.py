@@ -412,6 +412,7 @@ compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not
 
 
 @compiled_only
+@pytest.mark.timeout(1800)  # a minute and a half when nothing else runs
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", __file__]

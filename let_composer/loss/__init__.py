@@ -125,7 +125,8 @@ def _implementation(name: str, *inputs: Tensor | None):
     _check_option("implementation", name, Implementation)
     if name == "torch" or (name == "auto" and not any(x is not None and x.is_cuda for x in inputs)):
         return reference
-    if not _triton_works():
+    # Under torch.compile nothing can be tried out; there, a CUDA graph is built on Triton anyhow.
+    if not torch.compiler.is_compiling() and not _try_triton():
         if name == "triton":
             raise RuntimeError(
                 "implementation='triton' was asked for, but Triton does not work here; the warning says why. Repair "
@@ -140,11 +141,6 @@ def _implementation(name: str, *inputs: Tensor | None):
     if name == "triton":
         raise ValueError(f"implementation='triton' cannot take these inputs: {reason}. Use 'auto' or 'torch'.")
     return reference
-
-
-@torch.compiler.assume_constant_result
-def _triton_works() -> bool:
-    return _try_triton()
 
 
 @functools.cache

@@ -18,7 +18,7 @@ __all__ = ["INTERPRETED", "MAX_WIDTH", "Plan", "alignment_loss", "plan", "target
 
 MAX_WIDTH = 16384
 
-# A program holds R rows in a tile [M, V]: M = R * G groups, V neighbouring columns that one thread moves in one 128-bit
+# A program holds a tile [M, V] of R rows: M = R * G groups, V neighbouring columns that one thread moves in one 128-bit
 # access. N tokens, D the width in which cosines are taken; the other side is resized to it.
 #
 #   l = -<s, t> / (|s||t|)        L = sum over mask of l / tokens in mask
@@ -31,9 +31,17 @@ MAX_WIDTH = 16384
 
 
 @triton.jit
-def _row_offsets(rows, length, stride_outer, stride_inner):
+def _offset(row, length, stride_outer, stride_inner):
     # Divided in 32 bits, multiplied in 64.
-    return (rows // length).to(tl.int64) * stride_outer + (rows % length).to(tl.int64) * stride_inner  # [M]
+    return (row // length).to(tl.int64) * stride_outer + (row % length).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def _columns(groups, V: tl.constexpr):
+    return groups[:, None] * V + tl.arange(0, V)[None, :]  # [M, V]
+
+
+# The loads below take the start of a row and whether it counts, each a scalar or [M, 1], and the groups [M] to read.
 
 
 @triton.jit
@@ -46,29 +54,12 @@ def _normalized(x, columns, mean, std, inside):
 
 
 @triton.jit
-def _per_row(x, R: tl.constexpr, G: tl.constexpr):
-    return tl.sum(tl.reshape(x, [R, G]), axis=1)  # [M] -> [R]
-
-
-@triton.jit
-def _per_group(x, R: tl.constexpr, G: tl.constexpr):
-    return tl.reshape(tl.broadcast_to(x[:, None], [R, G]), [R * G])  # [R] -> [M]
-
-
-@triton.jit
-def _columns(groups, V: tl.constexpr):
-    return groups[:, None] * V + tl.arange(0, V)[None, :]  # [M, V]
-
-
-@triton.jit
-def _load_direct(pointer, offsets, groups, live, mean, std, WIDTH: tl.constexpr, V: tl.constexpr):
+def _load_direct(row, live, groups, mean, std, WIDTH: tl.constexpr, V: tl.constexpr):
     columns = _columns(groups, V)
-    inside = live[:, None] & (columns < WIDTH)
-    x = tl.load(pointer + offsets[:, None] + columns, mask=inside, other=0.0).to(tl.float32)
+    inside = live & (columns < WIDTH)
+    x = _normalized(tl.load(row + columns, mask=inside, other=0.0).to(tl.float32), columns, mean, std, inside)
     if mean is not None:
-        x = tl.where(inside, _normalized(x, columns, mean, std, inside), 0.0)
-    else:
-        x = _normalized(x, columns, mean, std, inside)
+        x = tl.where(inside, x, 0.0)
     return x  # [M, V]
 
 
@@ -82,11 +73,11 @@ def _coordinate(column, WIDTH: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _load_resized(
-    pointer, offsets, groups, live, mean, std,
+    row, live, groups, mean, std,
     WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     groups = groups[:, None]  # [M, 1] from here: a load of this shape keeps the layout of the [M, V] tile
-    live = live[:, None] & (groups * V < TARGET)
+    inside = live & (groups * V < TARGET)
     if (32 * V * WIDTH) % TARGET == 0:
         # The pattern repeats every 32 groups, so the lanes of a warp keep their weights over all tiles and rows.
         base, x = _coordinate(groups % 32 * V, WIDTH, TARGET)
@@ -97,8 +88,7 @@ def _load_resized(
     out = tl.zeros([M, V], tl.float32)
     for tap in tl.static_range(WINDOW):
         index = tl.minimum(tl.maximum(base + tap, 0), WIDTH - 1)
-        value = tl.load(pointer + offsets[:, None] + index, mask=live, other=0.0).to(tl.float32)
-        value = _normalized(value, index, mean, std, live)
+        value = _normalized(tl.load(row + index, mask=inside, other=0.0).to(tl.float32), index, mean, std, inside)
         out += tl.maximum(1.0 - tl.abs(x - tap), 0.0) * value
     if TARGET % V != 0:
         out = tl.where(groups * V + tl.arange(0, V)[None, :] < TARGET, out, 0.0)
@@ -107,13 +97,13 @@ def _load_resized(
 
 @triton.jit
 def _load(
-    pointer, offsets, groups, live, mean, std,
+    row, live, groups, mean, std,
     WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     if WIDTH == TARGET:
-        x = _load_direct(pointer, offsets, groups, live, mean, std, WIDTH, V)
+        x = _load_direct(row, live, groups, mean, std, WIDTH, V)
     else:
-        x = _load_resized(pointer, offsets, groups, live, mean, std, WIDTH, TARGET, WINDOW, M, V)
+        x = _load_resized(row, live, groups, mean, std, WIDTH, TARGET, WINDOW, M, V)
     return x
 
 
@@ -132,79 +122,72 @@ def _inverse_norm(squares, scale):
     return tl.where(usable, tl.div_rn(1.0, tl.where(usable, norm, 1.0)), 0.0)
 
 
+@triton.jit
+def _sums(
+    student, teacher, live, mean, std, student_scale, teacher_scale,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
+    TILES: tl.constexpr, G: tl.constexpr, V: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    ss = tl.zeros([G], tl.float32)
+    tt = tl.zeros([G], tl.float32)
+    st = tl.zeros([G], tl.float32)
+    for tile in range(TILES):
+        groups = tile * G + tl.arange(0, G)
+        s = _load(student, live, groups, None, None, STUDENT, TARGET, WINDOW, G, V)
+        t = _load(teacher, live, groups, mean, std, TEACHER, TARGET, WINDOW, G, V)
+        if SCALED:
+            s *= student_scale
+            t *= teacher_scale
+        ss += tl.sum(s * s, axis=1)
+        tt += tl.sum(t * t, axis=1)
+        st += tl.sum(s * t, axis=1)
+    return tl.sum(ss, axis=0), tl.sum(tt, axis=0), tl.sum(st, axis=0)
+
+
 @triton.jit(do_not_specialize=["tokens", "length"])
 def _forward_kernel(
     student, teacher, mask, mean, std,
     saved,  # out [3, N]: cosine, 1/|s|, 1/|t|
-    partial_sums,  # out [programs]: sum of cosines
-    partial_counts,  # out [programs]: tokens in the mask
     tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
-    TILES: tl.constexpr, R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+    TILES: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = R * G
-    m = tl.arange(0, M)
-    rows = tl.program_id(0) * R + m // G  # [M]
-    live = tl.load(mask + rows, mask=rows < tokens, other=0) != 0
-    student_offsets = _row_offsets(rows, length, student_outer, student_inner)
-    teacher_offsets = _row_offsets(rows, length, teacher_outer, teacher_inner)
-
-    student_scale = tl.full([R], 1.0, tl.float32)
-    teacher_scale = tl.full([R], 1.0, tl.float32)
-    ss = tl.zeros([R], tl.float32)
-    tt = tl.zeros([R], tl.float32)
-    st = tl.zeros([R], tl.float32)
-    attempt = 0
-    while attempt < 2:
-        group_ss = tl.zeros([M], tl.float32)
-        group_tt = tl.zeros([M], tl.float32)
-        group_st = tl.zeros([M], tl.float32)
-        for tile in range(TILES):
-            groups = tile * G + m % G
-            s = _load(student, student_offsets, groups, live, None, None, STUDENT, TARGET, WINDOW, M, V)
-            t = _load(teacher, teacher_offsets, groups, live, mean, std, TEACHER, TARGET, WINDOW, M, V)
-            s *= _per_group(student_scale, R, G)[:, None]
-            t *= _per_group(teacher_scale, R, G)[:, None]
-            group_ss += tl.sum(s * s, axis=1)
-            group_tt += tl.sum(t * t, axis=1)
-            group_st += tl.sum(s * t, axis=1)
-        ss = _per_row(group_ss, R, G)
-        tt = _per_row(group_tt, R, G)
-        st = _per_row(group_st, R, G)
-        finite = (ss < _INFINITY) & (tt < _INFINITY)
-        if (attempt == 0) & (tl.min(finite.to(tl.int32), axis=0) == 0):
-            student_scale = tl.where(ss < _INFINITY, student_scale, _SHRINK)
-            teacher_scale = tl.where(tt < _INFINITY, teacher_scale, _SHRINK)
-            attempt = 1
-        else:
-            attempt = 2
-
+    row = tl.program_id(0)
+    live = tl.load(mask + row) != 0
+    student += _offset(row, length, student_outer, student_inner)
+    teacher += _offset(row, length, teacher_outer, teacher_inner)
+    ss, tt, st = _sums(
+        student, teacher, live, mean, std, 1.0, 1.0, STUDENT, TEACHER, TARGET, WINDOW, TILES, G, V, False
+    )
+    student_scale = tl.where(ss < _INFINITY, 1.0, _SHRINK)
+    teacher_scale = tl.where(tt < _INFINITY, 1.0, _SHRINK)
+    if student_scale * teacher_scale < 1.0:
+        # Rare, and in small steps: its registers must not weigh on the path above.
+        ss, tt, st = _sums(
+            student, teacher, live, mean, std, student_scale, teacher_scale,
+            STUDENT, TEACHER, TARGET, WINDOW, TILES * (G // 32), 32, V, True,
+        )  # fmt: skip
     inverse_s = _inverse_norm(ss, student_scale)
     inverse_t = _inverse_norm(tt, teacher_scale)
-    cosine = tl.where((inverse_s > 0) & (inverse_t > 0), st * inverse_s * inverse_t, 0.0)  # [R]
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    inside = rows < tokens
-    pointers = saved + rows.to(tl.int64)
-    tl.store(pointers, cosine, mask=inside)
-    pointers += tokens
-    tl.store(pointers, inverse_s * student_scale, mask=inside)
-    pointers += tokens
-    tl.store(pointers, inverse_t * teacher_scale, mask=inside)
-    live = tl.load(mask + rows, mask=inside, other=0) != 0
-    tl.store(partial_sums + tl.program_id(0), tl.sum(cosine, axis=0))
-    tl.store(partial_counts + tl.program_id(0), tl.sum(live.to(tl.int32), axis=0))
+    cosine = tl.where((inverse_s > 0) & (inverse_t > 0), st * inverse_s * inverse_t, 0.0)
+    saved += row
+    tl.store(saved, cosine)
+    saved += tokens
+    tl.store(saved, inverse_s * student_scale)
+    saved += tokens
+    tl.store(saved, inverse_t * teacher_scale)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def _finish_kernel(partial_sums, partial_counts, loss, count, programs, BLOCK: tl.constexpr):
-    # One program adds what the others left, in a fixed order: deterministic without atomics.
+@triton.jit(do_not_specialize=["tokens"])
+def _mean_kernel(cosines, mask, loss, count, tokens, BLOCK: tl.constexpr):
+    # One program adds up in a fixed order: deterministic without atomics.
     index = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     counts = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, programs, BLOCK):
-        inside = first + index < programs
-        sums += tl.load(partial_sums + first + index, mask=inside, other=0.0)
-        counts += tl.load(partial_counts + first + index, mask=inside, other=0)
+    for first in range(0, tokens, BLOCK):
+        inside = first + index < tokens
+        sums += tl.load(cosines + first + index, mask=inside, other=0.0)
+        counts += tl.load(mask + first + index, mask=inside, other=0).to(tl.int32)
     total = tl.sum(counts, axis=0)
     tl.store(loss, -tl.div_rn(tl.sum(sums, axis=0), tl.maximum(total, 1).to(tl.float32)))
     tl.store(count, total)
@@ -236,10 +219,10 @@ def _backward_kernel(
     groups = tl.program_id(1) * G + m % G
     cosine, inverse_s, inverse_t, usable = _saved_row(saved, rows, tokens)
     factor = -tl.load(grad) / tl.maximum(tl.load(count), 1).to(tl.float32) * inverse_s
-    student_offsets = _row_offsets(rows, length, student_outer, student_inner)
-    teacher_offsets = _row_offsets(rows, length, teacher_outer, teacher_inner)
-    s = _load_direct(student, student_offsets, groups, usable, None, None, STUDENT, V)
-    t = _load(teacher, teacher_offsets, groups, usable, mean, std, TEACHER, STUDENT, WINDOW, M, V)
+    student += _offset(rows, length, student_outer, student_inner)
+    teacher += _offset(rows, length, teacher_outer, teacher_inner)
+    s = _load_direct(student[:, None], usable[:, None], groups, None, None, STUDENT, V)
+    t = _load(teacher[:, None], usable[:, None], groups, mean, std, TEACHER, STUDENT, WINDOW, M, V)
     difference = t * inverse_t[:, None] - s * inverse_s[:, None] * cosine[:, None]
     ds = tl.where(usable[:, None], factor[:, None] * difference, 0.0)
     columns = _columns(groups, V)
@@ -264,19 +247,19 @@ def _backward_resized_kernel(
     left = groups * V
     cosine, inverse_s, inverse_t, usable = _saved_row(saved, rows, tokens)
     factor = -tl.load(grad) / tl.maximum(tl.load(count), 1).to(tl.float32) * inverse_s
-    s_pointers = student + _row_offsets(rows, length, student_outer, student_inner)
-    t_pointers = teacher + _row_offsets(rows, length, teacher_outer, teacher_inner)
+    student += _offset(rows, length, student_outer, student_inner)
+    teacher += _offset(rows, length, teacher_outer, teacher_inner)
     first = tl.maximum(((2 * left - 1) * TEACHER + STUDENT) // (2 * STUDENT), 0)  # see reach()
     ds = tl.zeros([M, V], tl.float32)
     for step in range(WINDOW):
         i = first + step
         read = usable & (i < TEACHER) & (left < STUDENT)
-        t = _normalized(tl.load(t_pointers + i, mask=read, other=0.0).to(tl.float32), i, mean, std, read)
+        t = _normalized(tl.load(teacher + i, mask=read, other=0.0).to(tl.float32), i, mean, std, read)
         base, fraction = _coordinate(i, STUDENT, TEACHER)
         low = tl.minimum(tl.maximum(base, 0), STUDENT - 1)
         high = tl.minimum(tl.maximum(base + 1, 0), STUDENT - 1)
-        u = (1.0 - fraction) * tl.load(s_pointers + low, mask=read, other=0.0).to(tl.float32)
-        u += fraction * tl.load(s_pointers + high, mask=read, other=0.0).to(tl.float32)
+        u = (1.0 - fraction) * tl.load(student + low, mask=read, other=0.0).to(tl.float32)
+        u += fraction * tl.load(student + high, mask=read, other=0.0).to(tl.float32)
         du = tl.where(read, factor * (t * inverse_t - u * inverse_s * cosine), 0.0)  # [M]
         x = (base - left).to(tl.float32) + fraction
         x = tl.minimum(tl.maximum(x, (-left).to(tl.float32)), (STUDENT - 1 - left).to(tl.float32))
@@ -284,6 +267,16 @@ def _backward_resized_kernel(
     columns = _columns(groups, V)
     pointers = out + rows.to(tl.int64)[:, None] * STUDENT + columns
     tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < STUDENT))
+
+
+@triton.jit
+def _per_row(x, R: tl.constexpr, G: tl.constexpr):
+    return tl.sum(tl.reshape(x, [R, G]), axis=1)  # [M] -> [R]
+
+
+@triton.jit
+def _per_group(x, R: tl.constexpr, G: tl.constexpr):
+    return tl.reshape(tl.broadcast_to(x[:, None], [R, G]), [R * G])  # [R] -> [M]
 
 
 @triton.jit(do_not_specialize=["tokens", "length", "steps"])
@@ -301,8 +294,8 @@ def _target_sum_kernel(
     for step in range(steps):
         rows = (tl.program_id(0) * steps + step) * R + m // G
         live = tl.load(mask + rows, mask=rows < tokens, other=0) != 0
-        offsets = _row_offsets(rows, length, teacher_outer, teacher_inner)
-        t = _load(teacher, offsets, groups, live, mean, std, TEACHER, TARGET, WINDOW, M, V)
+        start = teacher + _offset(rows, length, teacher_outer, teacher_inner)
+        t = _load(start[:, None], live[:, None], groups, mean, std, TEACHER, TARGET, WINDOW, M, V)
         tt = _per_row(tl.sum(t * t, axis=1), R, G)
         scale = tl.where(tt < _INFINITY, tl.full([R], 1.0, tl.float32), _SHRINK)
         t *= _per_group(scale, R, G)[:, None]
@@ -373,7 +366,8 @@ def plan(kind: Kind, width: int, source: int, itemsize: int) -> Plan:
         sizes = (256,) if kind == "forward" and vector == 1 else (1024, 512, 256)
         columns = min(sizes, key=lambda size: -(-width // size) * size)  # the largest of those that waste least
         # Forward: a warp per row adds up without barriers. Backward: a thread per group, which shares a row's numbers.
-        rows, num_warps = (1, 1) if kind == "forward" else (2, max(columns * itemsize // 512, 1))
+        rows = 1 if kind == "forward" or vector == 1 else 2
+        num_warps = 1 if kind == "forward" else max(columns * itemsize // 512, 1)
     return Plan(taps, -(-width // columns), rows, columns // vector, vector, num_warps)
 
 
@@ -430,20 +424,17 @@ def _forward(
     direct, resized = (teacher, student) if resize_student else (student, teacher)
     width = direct.shape[-1]
     p = plan("forward", width, resized.shape[-1], direct.element_size())
-    programs = triton.cdiv(tokens, p.R)
-    partial_sums = student.new_empty(programs, dtype=torch.float32)
-    partial_counts = student.new_empty(programs, dtype=torch.int32)
     student, length, *student_strides = _rows(student)
     teacher, _, *teacher_strides = _rows(teacher)
+    mask = mask.contiguous()
     with torch.cuda.device_of(student):
-        if programs:
-            _forward_kernel[(programs,)](
-                student, teacher, mask.contiguous(), mean, std, saved, partial_sums, partial_counts,
-                tokens, length, *student_strides, *teacher_strides,
+        if tokens:
+            _forward_kernel[(tokens,)](
+                student, teacher, mask, mean, std, saved, tokens, length, *student_strides, *teacher_strides,
                 STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=width, WINDOW=p.window, TILES=p.tiles,
-                R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
+                G=p.G, V=p.V, num_warps=p.num_warps,
             )  # fmt: skip
-        _finish_kernel[(1,)](partial_sums, partial_counts, loss, count, programs, BLOCK=4096, num_warps=16)
+        _mean_kernel[(1,)](saved, mask, loss, count, tokens, BLOCK=16384, num_warps=32)
     return loss, saved, count
 
 

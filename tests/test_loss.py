@@ -1,0 +1,224 @@
+"""The alignment loss: its definition and its door. The kernels are held against it in test_kernels.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from let_composer.loss import alignment_loss, reference, target_sum
+
+
+def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradient(student: Tensor, *args, upstream: float = 1.0, **kwargs) -> Tensor:
+    student = student.detach().requires_grad_()
+    return torch.autograd.grad(alignment_loss(student, *args, **kwargs) * upstream, student)[0]
+
+
+def resized(row: list[float], width: int) -> list[float]:
+    """Linear interpolation with half-pixel centres, from its definition."""
+    out = []
+    for i in range(width):
+        x = min(max((i + 0.5) * len(row) / width - 0.5, 0.0), len(row) - 1.0)
+        low = min(int(x), len(row) - 1)
+        high = min(low + 1, len(row) - 1)
+        out.append(row[low] * (1 - (x - low)) + row[high] * (x - low))
+    return out
+
+
+# --- the definition ---
+
+
+@pytest.mark.parametrize("resize", ["teacher", "student"])
+@pytest.mark.parametrize("widths", [(8, 8), (12, 5), (5, 12), (7, 1), (1, 7)])
+def test_value_from_the_definition(widths, resize):
+    student, teacher = states(3, 4, widths[0]), states(3, 4, widths[1], seed=1)
+    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)) < 0.6
+    mean, std = states(widths[1], seed=3), states(widths[1], seed=4).abs() + 0.5
+    cosines = []
+    for s, t in zip(student[mask].tolist(), teacher[mask].tolist(), strict=True):
+        t = [(x - m) / d for x, m, d in zip(t, mean.tolist(), std.tolist(), strict=True)]
+        s, t = (s, resized(t, len(s))) if resize == "teacher" else (resized(s, len(t)), t)
+        dot = sum(a * b for a, b in zip(s, t, strict=True))
+        cosines.append(dot / sum(a * a for a in s) ** 0.5 / sum(b * b for b in t) ** 0.5)
+    loss = alignment_loss(student, teacher, mask, teacher_mean=mean, teacher_std=std, resize=resize)
+    assert loss.shape == () and loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(-sum(cosines) / len(cosines), abs=1e-12)
+
+
+def test_agrees_with_torch_where_torch_is_defined():
+    student, teacher = states(6, 16), states(6, 16, seed=1)
+    torch.testing.assert_close(alignment_loss(student, teacher), -F.cosine_similarity(student, teacher, dim=-1).mean())
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (12, 5), (5, 12)])
+@pytest.mark.parametrize("resize", ["teacher", "student"])
+def test_gradcheck(widths, resize):
+    student, teacher = states(2, 3, widths[0]).requires_grad_(), states(2, 3, widths[1], seed=1)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    mean = states(widths[1], seed=3)
+    assert torch.autograd.gradcheck(
+        lambda s: 3 * alignment_loss(s, teacher, mask, teacher_mean=mean, resize=resize) ** 2, (student,)
+    )
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(0, 6),
+    widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    resize=st.sampled_from(["teacher", "student"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(tokens, widths, resize, dtype, seed):
+    student, teacher = (states(tokens, width, seed=seed + i, dtype=dtype) for i, width in enumerate(widths))
+    mask = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.7
+    loss = alignment_loss(student, teacher, mask, resize=resize)
+    assert loss.dtype == torch.float32 and -1 - 1e-6 <= loss.item() <= 1 + 1e-6
+    expected = alignment_loss(student.double(), teacher.double(), mask, resize=resize)
+    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=1e-4)
+    grad = gradient(student, teacher, mask, resize=resize)
+    assert grad.dtype == dtype and torch.isfinite(grad).all() and (grad[~mask] == 0).all()
+    width = widths[0] if resize == "teacher" else widths[1]
+    constant = target_sum(teacher, mask, width=width)
+    assert constant.shape == (width,) and constant.norm() <= mask.sum() * (1 + 1e-5)
+
+
+def test_mean_is_over_the_tokens_of_the_mask():
+    student, teacher = states(2, 5, 8), states(2, 5, 8, seed=1)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 1] = mask[1, 3] = True
+    torch.testing.assert_close(alignment_loss(student, teacher, mask), alignment_loss(student[mask], teacher[mask]))
+    torch.testing.assert_close(
+        gradient(student, teacher, mask)[mask], gradient(student[mask], teacher[mask]), rtol=0, atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 3, 8)])
+def test_no_token_counts(shape):
+    student, teacher = states(*shape), states(*shape, seed=1)
+    mask = torch.zeros(shape[:-1], dtype=torch.bool)
+    assert alignment_loss(student, teacher, mask).item() == 0
+    assert torch.equal(gradient(student, teacher, mask), torch.zeros(shape, dtype=torch.float64))
+    assert torch.equal(target_sum(teacher, mask), torch.zeros(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("teacher_width", [16, 6])
+def test_rows_without_a_direction_count_as_zero_and_pass_no_gradient(dtype, teacher_width):
+    student, teacher = states(7, 16, dtype=dtype), states(7, teacher_width, seed=1, dtype=dtype)
+    student[0] = 0
+    teacher[1] = 0
+    teacher[2, 3] = torch.nan
+    teacher[3, 3] = -torch.inf
+    student[4] *= 1e-8
+    student[5, 0] = torch.inf
+    loss, grad = alignment_loss(student, teacher), gradient(student, teacher)
+    torch.testing.assert_close(loss, alignment_loss(student[6:], teacher[6:]) / 7)
+    assert (grad[:6] == 0).all() and (grad[6] != 0).any()
+    total = target_sum(teacher, width=16)
+    torch.testing.assert_close(total, target_sum(teacher[[0, 4, 5, 6]], width=16))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e18, 1e37])
+def test_scale_of_a_row_does_not_matter(scale):
+    student, teacher = states(5, 16, dtype=torch.float32), states(5, 16, seed=1, dtype=torch.float32)
+    expected = alignment_loss(student, teacher)
+    torch.testing.assert_close(alignment_loss(student * scale, teacher), expected)
+    torch.testing.assert_close(alignment_loss(student, teacher * scale), expected)
+    torch.testing.assert_close(target_sum(teacher * scale), target_sum(teacher))
+    torch.testing.assert_close(gradient(student * scale, teacher) * scale, gradient(student, teacher))
+
+
+def test_identical_states_reach_the_minimum():
+    student = states(4, 9, 16, dtype=torch.bfloat16)
+    torch.testing.assert_close(alignment_loss(student, student).item(), -1.0)
+    torch.testing.assert_close(alignment_loss(student, -student).item(), 1.0)
+    assert gradient(student, student).abs().max() < 1e-6
+
+
+def test_gradient_goes_to_the_student_alone_and_adds_up():
+    student, teacher = states(3, 8).requires_grad_(), states(3, 8, seed=1)
+    first, second = alignment_loss(student, teacher), alignment_loss(student, -teacher)
+    (first * 3 + second).backward()
+    torch.testing.assert_close(student.grad, gradient(student, teacher, upstream=2.0))
+    assert teacher.grad is None
+    assert not target_sum(student).requires_grad
+
+
+def test_target_sum_is_the_score_of_the_best_constant():
+    teacher = states(50, 12) + 1.0
+    score = target_sum(teacher).norm() / 50
+    best = target_sum(teacher).expand(50, 12)
+    torch.testing.assert_close(-alignment_loss(best, teacher), score)
+    for seed in range(5):
+        assert -alignment_loss(states(12, seed=seed).expand(50, 12), teacher) <= score
+
+
+# --- the door ---
+
+
+def test_refuses_a_teacher_that_requires_a_gradient():
+    with pytest.raises(ValueError, match=r"frozen.*teacher\.detach\(\)"):
+        alignment_loss(states(2, 4), states(2, 4).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": torch.zeros(3, 8)}, r"all but the last dimension, got \[2, 4\] and \[3, 8\]"),
+        ({"mask": torch.ones(2)}, "boolean tensor of shape"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, r"of shape \[3\]"),
+        ({"teacher_mean": torch.zeros(4)}, r"teacher_mean must have shape \[8\], got \[4\]"),
+        ({"teacher_std": torch.ones(2, 8)}, r"teacher_std must have shape \[8\]"),
+        ({"resize": "both"}, "resize must be one of teacher, student, got 'both'"),
+        ({"implementation": "cuda"}, "implementation must be one of auto, triton, torch, got 'cuda'"),
+    ],
+)
+def test_refuses_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        alignment_loss(**{"student": torch.zeros(2, 4), "teacher": torch.zeros(2, 8), **arguments})
+
+
+def test_mask_defaults_to_every_token():
+    student, teacher = states(2, 3, 4), states(2, 3, 6, seed=1)
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(alignment_loss(student, teacher), alignment_loss(student, teacher, everything))
+    assert torch.equal(target_sum(teacher), target_sum(teacher, everything, width=6))
+
+
+def test_auto_is_plain_torch_on_the_cpu(monkeypatch):
+    student, teacher = states(2, 4), states(2, 4, seed=1)
+    called = []
+    monkeypatch.setattr(reference, "alignment_loss", lambda *args: called.append(args) or torch.tensor(0.0))
+    alignment_loss(student, teacher)
+    alignment_loss(student, teacher, implementation="torch")
+    assert len(called) == 2
+
+
+def test_one_graph_under_torch_compile():
+    student, teacher = states(2, 3, 8, dtype=torch.float32), states(2, 3, 6, seed=1, dtype=torch.float32)
+
+    def step(student):
+        return alignment_loss(student * 2, teacher) + target_sum(teacher, width=8).norm()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(student), step(student))
+
+
+def test_using_it_on_the_cpu_loads_neither_triton_nor_composer():
+    script = (
+        "import sys, torch\n"
+        "from let_composer import alignment_loss\n"
+        "alignment_loss(torch.ones(2, 4, requires_grad=True), torch.ones(2, 4)).backward()\n"
+        "assert not {'triton', 'composer', 'let_composer.loss.kernels'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
