@@ -71,20 +71,28 @@ def student(tokenizer: PreTrainedTokenizerFast) -> ComposerMPTCausalLM:
     return build_student(tokenizer)
 
 
-def build_data(
-    tokenizer: PreTrainedTokenizerFast, samples: int = 64, batch_size: int = 8, ragged: bool = False, seed: int = 3
-) -> DataSpec:
-    """llm-foundry's collator and token counting over random sequences; ``ragged`` ones are padded on the right."""
+def build_rows(
+    tokenizer: PreTrainedTokenizerFast, samples: int = 64, ragged: bool = False, seed: int = 3
+) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Random sequences and llm-foundry's collator; ``ragged`` ones are padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY - 2, (samples, LENGTH), generator=generator)
     lengths = torch.randint(3, LENGTH + 1, (samples,), generator=generator) if ragged else [LENGTH] * samples
-    rows = [{"input_ids": row[: int(n)].tolist()} for row, n in zip(ids, lengths, strict=True)]
-    collate = LossGeneratingTokensCollatorWrapper(
-        DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False), get_tokens_per_batch_func()
-    )
-    if ragged:  # a fixed shape, so that microbatches of one batch can be compared
+    rows: list[Any] = [{"input_ids": row[: int(n)].tolist()} for row, n in zip(ids, lengths, strict=True)]
+    if ragged:  # to a fixed shape, so that any cut into microbatches and ranks sees the same positions
         rows = [tokenizer.pad(row, padding="max_length", max_length=LENGTH) for row in rows]
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+    base = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
+    return rows, LossGeneratingTokensCollatorWrapper(base, get_tokens_per_batch_func())
+
+
+def build_data(
+    tokenizer: PreTrainedTokenizerFast, batch_size: int = 8, sampler: Any = None, **options: Any
+) -> DataSpec:
+    """What llm-foundry's data loaders give a Trainer, over :func:`build_rows`."""
+    rows, collate = build_rows(tokenizer, **options)
+    if sampler is not None:
+        sampler = sampler(rows)
+    loader: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collate, sampler=sampler)
     return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
 
 
