@@ -4,8 +4,7 @@ import difflib
 import gc
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -230,8 +229,13 @@ class LET(Algorithm):
             log.info("LET ended at %s: the teacher is not loaded.", self._end.to_timestring())
             self._events = _OFF
             return
-        for folder, length in _shards(state.train_dataloader):
-            check_manifest(folder, _tokenizer(state), length)
+        dataset = getattr(state.train_dataloader, "dataset", None)
+        if (
+            dataset is not None and hasattr(dataset, "streams") and hasattr(dataset, "max_seq_len")
+        ):  # llm-foundry's text
+            for stream in dataset.streams:
+                folder = "/".join(part for part in (stream.remote or stream.local, stream.split) if part)
+                check_manifest(folder, dataset.tokenizer, dataset.max_seq_len)
         path, block = resolve_layer(state.model, self.student_layer)
         self._check_parallelism(state)
         device = _device(state)
@@ -443,18 +447,6 @@ def _vocabulary(state: State) -> dict[int, str]:
         log.warning("the student's model has no tokenizer: whether the teacher shares its token ids is not checked.")
         return {}
     return {index: token for token, index in tokenizer.get_vocab().items()}
-
-
-def _shards(dataloader: Any) -> Iterator[tuple[str, int]]:
-    """Local folders and sample lengths of the streams that llm-foundry's text loader reads."""
-    dataset = getattr(dataloader, "dataset", None)
-    length = getattr(dataset, "max_seq_len", None)
-    if length is None:
-        return
-    for stream in getattr(dataset, "streams", []):
-        for folder in (stream.remote, stream.local):
-            if folder and "://" not in folder:
-                yield str(Path(folder) / (stream.split or "")), length
 
 
 def _require_type(name: str, value: Any, types: type | tuple[type, ...], expected: str) -> None:

@@ -1,6 +1,7 @@
 """The train script's short forms and overrides, and LET through llm-foundry's own configuration and data path."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,27 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
     assert len(guided["metrics/eval/LanguageCrossEntropy"]) == 3
     assert guided["metrics/eval/LanguageCrossEntropy"][0] == plain["metrics/eval/LanguageCrossEntropy"][0]
     assert guided["let/lm_loss"][0] == pytest.approx(plain["loss/train/total"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 32}, "hold sequences of 32 tokens, but max_seq_len is 16"),
+        (
+            {"tokenizer": {"vocabulary_size": 9, "name": "other", "fingerprint": "sha256:0"}},
+            "made with the tokenizer 'other'",
+        ),
+    ],
+)
+def test_shards_made_otherwise_are_refused_before_training(shards, teacher_folder, changes, message):
+    manifest = {"sequence_length": 16, "tokenizer": {}, **changes}
+    (shards / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    path = shards / "run.yaml"
+    path.write_text(SMALL_CPU.format(root=shards, let=f"  let: {{teacher: {teacher_folder}}}"))
+    with pytest.raises(ValueError, match=message):
+        train_from_yaml(str(path))
 
 
 @pytest.mark.parametrize("kind", ["quickstart", "pretrained"])
