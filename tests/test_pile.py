@@ -502,4 +502,4 @@ def test_manifest_check_is_quick_and_imports_little(tmp_path: Path, tokenizer: s
         started = time.process_time()
         tokenizer_fingerprint(large)
         times.append(time.process_time() - started)
-    assert min(times) < 0.1
+    assert min(times) < 0.25

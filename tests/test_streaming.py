@@ -224,7 +224,7 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> No
         "max_seq_len": LENGTH,
     }
     spec = build_text_dataloader(
-        hf, 4, config, drop_last=False, num_workers=0, prefetch_factor=None, persistent_workers=False
+        hf, 4, config, drop_last=False, num_workers=0, prefetch_factor=None, persistent_workers=False, pin_memory=False
     )  # pyright: ignore[reportArgumentType]
     read = np.concatenate([batch["input_ids"].numpy() for batch in spec.dataloader])
     assert read.dtype == np.int64 and np.array_equal(read, np.stack(expected))
