@@ -204,7 +204,7 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> No
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
     run(plan(tmp_path / "a.jsonl", tokenizer, shuffle_seed=None), tmp_path / "out")
     hf = AutoTokenizer.from_pretrained(tokenizer)
-    theirs = ConcatTokensDataset(
+    theirs: Any = ConcatTokensDataset(
         hf_dataset=datasets.Dataset.from_dict({"text": texts}),
         tokenizer=hf,
         max_length=LENGTH,
@@ -223,9 +223,10 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> No
         "shuffle": False,
         "max_seq_len": LENGTH,
     }
-    spec = build_text_dataloader(
+    build: Any = build_text_dataloader
+    spec = build(
         hf, 4, config, drop_last=False, num_workers=0, prefetch_factor=None, persistent_workers=False, pin_memory=False
-    )  # pyright: ignore[reportArgumentType]
+    )
     read = np.concatenate([batch["input_ids"].numpy() for batch in spec.dataloader])
     assert read.dtype == np.int64 and np.array_equal(read, np.stack(expected))
 
