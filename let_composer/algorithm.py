@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from composer.core import Algorithm, Event, Precision, State, Time, get_precision_context
+from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
@@ -28,16 +28,15 @@ log = logging.getLogger(__name__)
 _IGNORED = -100  # label of a token that generates no loss, in llm-foundry and Hugging Face
 
 _SETUP = frozenset({Event.INIT, Event.AFTER_LOAD, Event.FIT_START})
+_OFF = frozenset({Event.INIT})  # of another Trainer
 _GUIDED = _SETUP | {
     Event.BATCH_START,
     Event.BEFORE_TRAIN_BATCH,
     Event.BEFORE_FORWARD,
     Event.AFTER_FORWARD,
     Event.AFTER_LOSS,
-    Event.AFTER_TRAIN_BATCH,
     Event.BATCH_END,
 }
-_OFF: frozenset[Event] = frozenset()
 
 
 class LET(Algorithm):
@@ -47,10 +46,10 @@ class LET(Algorithm):
     ``loss = student's loss + weight(t) * mean over loss-generating tokens of -cos(student layer, teacher layer)``
 
     Runs on ``Event.AFTER_LOAD`` (find the block, load the teacher), ``BATCH_START`` (weight), ``BEFORE_FORWARD`` and
-    ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term), ``AFTER_TRAIN_BATCH`` and ``BATCH_END``
-    (metrics; when the weight has reached zero, free the teacher). After that, and always with ``weight: 0``, it matches
-    no event. A guided step costs the teacher's forward without its LM head; nothing is synchronised with the host
-    between ``BATCH_START`` and ``AFTER_TRAIN_BATCH``.
+    ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term) and ``BATCH_END`` (metrics; when the
+    weight has reached zero, free the teacher). After that, and always with ``weight: 0``, nothing runs. A guided
+    step costs the teacher's forward without its LM head. It adds no synchronisation with the host before ``BATCH_END``,
+    where Composer has had one already (batches with an ``attention_mask`` excepted: transformers looks into it).
 
     The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
     share token ids.
@@ -83,7 +82,8 @@ class LET(Algorithm):
     Logs, exact over microbatches and ranks: ``let/weight``, ``let/active`` and ``let/teacher_flops_share`` (the
     teacher's share of a guided step's matmul FLOPs) at the start of a batch; ``let/loss`` (the term, unweighted),
     ``let/lm_loss`` (the student's loss before the term is added), ``let/cosine`` and ``let/constant_cosine`` (what the
-    best constant vector would score) at its end, all under the batch's own step.
+    best constant vector would score) at its end, all under the batch's own step; means over tokens, also where Composer
+    weights microbatches by samples. Once, ``let/memory_returned_mib``.
 
     Raises:
         TypeError: For an unknown or wrongly typed argument.
@@ -139,15 +139,19 @@ class LET(Algorithm):
         self.placement: Placement = placement
         self.implementation: Implementation = implementation
         self.trust_remote_code = trust_remote_code
+        self.normalize_teacher: Normalize = normalize_teacher
         self._stop = parse_stop(stop)
-        self._statistics = FeatureStatistics(normalize_teacher)
         self._repr = (
             f"LET(teacher={teacher!r}, student_layer={student_layer!r}, teacher_layer={teacher_layer}, "
             f"weight={self.weight}, stop={stop!r}, anneal={anneal!r}, resize={resize!r}, "
             f"normalize_teacher={normalize_teacher!r})"
         )
 
-        self._events = _SETUP if self.weight > 0 else _OFF
+        self._reset()
+
+    def _reset(self) -> None:
+        self._events = _SETUP if self.weight > 0 else frozenset()
+        self._statistics = FeatureStatistics(self.normalize_teacher)
         self._end: Time | None = None  # stop in ba, tok or sp
         self._teacher: Teacher | None = None
         self._capture: Capture | None = None
@@ -166,6 +170,8 @@ class LET(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """One event of the method; see the class for which does what."""
         if event == Event.INIT:
+            self._end_guidance()  # if this instance served another Trainer before
+            self._reset()
             self._student_parameters = matmul_parameters(state.model)  # before FSDP shards them
         elif event == Event.AFTER_LOAD:
             self._set_up(state, logger)
@@ -190,9 +196,10 @@ class LET(Algorithm):
             self._align(state)
         elif event == Event.AFTER_LOSS:
             self._add_term(state)
-        elif event == Event.AFTER_TRAIN_BATCH:
-            self._reduce()
         elif event == Event.BATCH_END:
+            # Not at AFTER_TRAIN_BATCH: there a rank may still run out of memory, leave the others alone in the
+            # collective and count the batch again.
+            self._reduce()
             self._report(state, logger)
             self._retire_if_over(state, logger)
 
@@ -308,9 +315,15 @@ class LET(Algorithm):
     def _align(self, state: State) -> None:
         assert self._capture is not None and self._teacher is not None
         student = self._capture.take()
+        if not student.requires_grad:
+            raise RuntimeError(
+                f"expected the hidden states of student_layer {self.student_layer} to carry a gradient, but the blocks "
+                "up to it are frozen, or run inside re-entrant checkpointing of the model's own "
+                "(gradient_checkpointing_enable). Unfreeze them, or use Composer's activation checkpointing."
+            )
         mask = _loss_generating(state.batch)
-        with torch.no_grad(), get_precision_context(Precision(state.precision), state.precision_config):
-            teacher = self._teacher.hidden(state.batch["input_ids"], state.batch.get("attention_mask"))
+        # Outside autocast, as every algorithm: the teacher's weights have the type it is to compute in.
+        teacher = self._teacher.hidden(state.batch["input_ids"], state.batch.get("attention_mask"))
         mean, std = self._statistics.mean_and_std()
         self._term = alignment_loss(
             student,
@@ -382,21 +395,24 @@ class LET(Algorithm):
         cuda = device.type == "cuda"
         size = sum(p.numel() * p.element_size() for p in self._teacher.body.parameters())
         before = torch.cuda.memory_allocated(device) if cuda else size
-        self._forget()
-        assert self._capture is not None
-        self._capture.remove()
-        self._capture = self._teacher = None
-        self._events = _OFF
+        self._end_guidance()
         gc.collect()  # modules hold reference cycles
         if cuda:
             torch.cuda.empty_cache()
-        returned = before - (torch.cuda.memory_allocated(device) if cuda else 0)
-        logger.log_metrics({"let/weight": 0.0, "let/active": 0.0})
+        returned = (before - (torch.cuda.memory_allocated(device) if cuda else 0)) / 2**20
+        logger.log_metrics({"let/weight": 0.0, "let/active": 0.0, "let/memory_returned_mib": returned})
         log.info(
             "LET ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
             state.timestamp.batch.value,
-            returned / 2**20,
+            returned,
         )
+
+    def _end_guidance(self) -> None:
+        if self._capture is not None:
+            self._forget()
+            self._capture.remove()
+        self._capture = self._teacher = None
+        self._events = _OFF
 
     def _teacher_flops_share(self) -> float:
         assert self._teacher is not None

@@ -63,12 +63,18 @@ def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> 
     Raises:
         ValueError: If epochs cannot be converted, or the result is empty or past the end of training.
     """
-    end = _in_steps(max_duration, dataloader_len, "max_duration")
-    resolved = _in_steps(stop, dataloader_len, "stop") if stop.unit != TimeUnit.DURATION else end * stop.value
-    resolved = Time(int(resolved.value), resolved.unit)
+    if stop.unit == TimeUnit.DURATION:
+        end = _in_steps(max_duration, dataloader_len, "max_duration")
+        resolved = Time(int(end.value * stop.value), end.unit)
+    else:
+        resolved = _in_steps(stop, dataloader_len, "stop")
+        try:
+            end = _in_steps(max_duration, dataloader_len, "max_duration")
+        except ValueError:  # then there is nothing to compare with
+            end = max_duration
     if resolved.value < 1:
         raise ValueError(
-            f"stop: {stop.to_timestring()} of max_duration {max_duration.to_timestring()} is less than one "
+            f"stop {stop.to_timestring()} of max_duration {max_duration.to_timestring()} is less than one "
             f"{resolved.unit.value}, so the guidance would never act. Raise stop, or remove LET."
         )
     if resolved.unit == end.unit and resolved.value > end.value:

@@ -111,15 +111,21 @@ def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str
         trust_remote_code: As in :class:`Teacher`.
     """
     if name.endswith(".gguf"):
-        _require_path(name)
-        from gguf import GGUFReader
+        file = _require_path(name)
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise ValueError(
+                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
+            ) from error
 
-        tokens = GGUFReader(name).fields.get("tokenizer.ggml.tokens")
+        tokens = GGUFReader(file).fields.get("tokenizer.ggml.tokens")
         return None if tokens is None else dict(enumerate(tokens.contents()))
     path, revision = _split_revision(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        log.info("no tokenizer of teacher %r could be read: %s", name, error)
         return None
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
@@ -254,8 +260,8 @@ def _context_length(config: PretrainedConfig) -> int | None:
 
 def _split_revision(name: str) -> tuple[str, str | None]:
     if _looks_local(name):
-        return name, None
-    path, _, revision = name.partition("@")
+        return os.path.expanduser(name), None
+    path, _, revision = name.partition("@")  # no hub id holds one
     return path, revision or None
 
 
@@ -264,7 +270,7 @@ def _looks_local(name: str) -> bool:
 
 
 def _require_path(name: str) -> Path:
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.exists():
         raise ValueError(f"there is no teacher at {name!r} (looked for {path.absolute()}). Check the path.")
     return path

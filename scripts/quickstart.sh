@@ -21,13 +21,18 @@ runs=runs/$kind
 mkdir -p "$runs"
 
 options=()
-if nvidia-smi -L >/dev/null 2>&1; then options+=(precision=amp_bf16); fi
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then options+=(precision=amp_bf16); fi
 
 # Train one run unless it has finished; every output goes to a log beside it.
 run() {
   if [ -e "$runs/$1.done" ]; then echo "$1: done before"; return; fi
   echo "$1: composer scripts/train.py yamls/${kind}_$1.yaml ${options[*]-}   (log: $runs/$1.log)"
   if ! composer -n 1 scripts/train.py "yamls/${kind}_$1.yaml" "${options[@]}" >"$runs/$1.log" 2>&1; then
+    if grep -q 'No training would occur' "$runs/$1.log"; then # stopped between its last checkpoint and its last output
+      rm -rf "${runs:?}/$1"
+      run "$1"
+      return
+    fi
     tail -n 30 "$runs/$1.log" >&2
     echo "the $1 run failed; the whole log is $runs/$1.log" >&2
     exit 1
@@ -49,4 +54,4 @@ else
 fi
 run baseline
 run let
-python scripts/compare.py "$runs/baseline" "$runs/let" "${teacher[@]}" --out "$runs/comparison"
+python scripts/compare.py "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"

@@ -9,6 +9,7 @@ so do command-line overrides of a key of any of them.
 import difflib
 import logging
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from llmfoundry import registry
@@ -16,7 +17,7 @@ from llmfoundry.command_utils.train import train
 from omegaconf import DictConfig, ListConfig
 from omegaconf import OmegaConf as om
 
-__all__ = ["expand_algorithms", "load", "main"]
+__all__ = ["check_names", "expand_algorithms", "load", "main"]
 
 
 def expand_algorithms(algorithms: Any) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def expand_algorithms(algorithms: Any) -> dict[str, Any]:
         algorithms: A mapping, or a list of names and mappings; an empty value stands for no arguments.
 
     Raises:
-        ValueError: If an item is neither, or a name is not registered with llm-foundry.
+        ValueError: If an item is neither, or a name comes twice.
     """
     if isinstance(algorithms, str):
         algorithms = [algorithms]
@@ -42,13 +43,24 @@ def expand_algorithms(algorithms: Any) -> dict[str, Any]:
             if name in expanded:
                 raise ValueError(f"algorithms names {name!r} twice. Keep one of them.")
             expanded[str(name)] = arguments or {}
+    return expanded
+
+
+def check_names(algorithms: Iterable[str]) -> None:
+    """Check that llm-foundry knows every algorithm.
+
+    Args:
+        algorithms: The names.
+
+    Raises:
+        ValueError: If one is not registered; the message has the nearest name that is.
+    """
     known = set(registry.algorithms.get_all())
-    for name in expanded:
+    for name in algorithms:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"there is no algorithm {name!r}.{hint} Registered are {', '.join(sorted(known))}.")
-    return expanded
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
@@ -70,6 +82,8 @@ def load(path: str, overrides: list[str]) -> DictConfig:
             config.algorithms = expand_algorithms(algorithms)
     merged = om.merge(*configs)
     assert isinstance(merged, DictConfig)
+    if not merged.get("code_paths"):  # code that registers more, and that llm-foundry has yet to import
+        check_names(merged.get("algorithms") or {})
     return merged
 
 
@@ -78,7 +92,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     config = load(arguments[0], arguments[1:])
-    level = str(config.get("python_log_level", "info")).upper()
+    level = str(config.get("python_log_level") or "info").upper()
     logging.getLogger("let_composer").setLevel(min(logging.INFO, logging.getLevelName(level)))
     train(config)
 

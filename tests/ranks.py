@@ -35,7 +35,7 @@ def run(teacher: str, case: dict[str, Any]) -> dict[str, Any]:
         model=model,
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
         train_dataloader=build_data(tokenizer, 4, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
-        # Where FSDP2 asks for the mean of gradients, gloo gives their sum: with plain SGD half the rate makes up for it.
+        # Where FSDP2 asks for the mean of gradients, gloo gives their sum: with plain SGD half the rate mends it.
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1 if fsdp is None else 0.1 / dist.get_world_size()),
         algorithms=LET(teacher, stop="3ba", weight=1.0, normalize_teacher="standardize", placement=placement),
         max_duration="4ba",

@@ -41,6 +41,8 @@ def test_never_rises_and_stays_positive_before_the_end(anneal):
         ("1ep", "60ba", 25, "25ba"),
         ("2e9tok", "5000ba", None, "2000000000tok"),
         ("40ba", "2ep", 30, "40ba"),
+        ("40ba", "2ep", None, "40ba"),
+        ("40ba", "3600sec", None, "40ba"),
     ],
 )
 def test_resolve_stop(stop, max_duration, batches, expected):
