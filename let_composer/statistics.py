@@ -61,9 +61,7 @@ class FeatureStatistics:
         if self.normalize == "none":
             return
         new, total, squares = sums.view(3, -1)
-        count, mean, deviation = (
-            torch.zeros_like(sums.view(3, -1)) if self._moments is None else self._moments
-        )
+        count, mean, deviation = torch.zeros_like(sums.view(3, -1)) if self._moments is None else self._moments
         shift = total / new.clamp(min=1)  # of the batch's mean against the old one
         merged = (count + new).clamp(min=1)
         self._moments = torch.stack(
