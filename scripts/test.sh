@@ -8,4 +8,5 @@ bash scripts/install.sh
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tensors are tiny; on a busy machine threads would wait for each other
 exec .venv/bin/python -m pytest "$@"
