@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp_microbatches": {"device_train_microbatch_size": 2},
     "ddp_shard": {"placement": "shard"},
+    "ddp_triton": {"implementation": "triton"},  # in Triton's interpreter
     "fsdp2": {"fsdp2": {"activation_checkpointing": True}},
     "fsdp2_shard": {"fsdp2": {}, "placement": "shard"},
 }
@@ -30,14 +31,15 @@ def run(teacher: str, case: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(teacher)
     model = build_student(tokenizer)
     case = dict(case)
-    placement, fsdp = case.pop("placement", "replicate"), case.pop("fsdp2", None)
+    fsdp = case.pop("fsdp2", None)
+    options = {key: case.pop(key) for key in ("placement", "implementation") if key in case}
     trainer = Trainer(
         model=model,
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
         train_dataloader=build_data(tokenizer, 4, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
         # Where FSDP2 asks for the mean of gradients, gloo gives their sum: with plain SGD half the rate mends it.
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1 if fsdp is None else 0.1 / dist.get_world_size()),
-        algorithms=LET(teacher, stop="3ba", weight=1.0, normalize_teacher="standardize", placement=placement),
+        algorithms=LET(teacher, stop="3ba", weight=1.0, normalize_teacher="standardize", **options),
         max_duration="4ba",
         seed=5,
         device="cpu",
