@@ -415,9 +415,11 @@ def unsupported(*inputs: Tensor | None) -> str | None:
 def try_kernels() -> None:
     """Compile and run the smallest kernels, so that a broken installation shows here. Does nothing without a GPU."""
     if torch.cuda.is_available() and not INTERPRETED:
-        states = torch.ones(1, 8, device="cuda")
-        loss, saved, count = _forward(states, states, states[:, 0] > 0, None, None, False)
+        states = torch.ones(1, 8, device="cuda", dtype=torch.bfloat16)  # what teachers run in
+        mask = states[:, 0] > 0
+        loss, saved, count = _forward(states, states, mask, None, None, False)
         _backward(loss, states, states, None, None, saved, count, False)
+        _target_sum(states, mask, 8, None, None)
 
 
 @torch.library.custom_op("let_composer::alignment_loss", mutates_args=())
