@@ -40,6 +40,7 @@ ROTATE = 512 * 2**20  # bytes to cycle through, several times the largest L2 cac
 ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
 # Held by tests/test_kernels.py. Registers decide how many warps stay to hide latency: 128 leave 16 on a multiprocessor.
 MAX_REGISTERS = {"forward": 128, "backward": 64, "transposed": 96, "sum": 160}
+SM_100_EXTRA = 40  # newer compilers spend more there, without spilling
 
 
 def compile_report(pairs: list[str], architectures=ARCHITECTURES, dtype: torch.dtype = torch.bfloat16) -> list[dict]:

@@ -429,7 +429,8 @@ def test_compiled_kernels(pair):
     student, teacher = map(int, pair.split("/"))
     for row in rows:
         assert row["spilled"] == 0, row
-        assert row["registers"] <= module.MAX_REGISTERS[row["kernel"]], row
+        extra = module.SM_100_EXTRA if row["sm"] == 100 else 0
+        assert row["registers"] <= module.MAX_REGISTERS[row["kernel"]] + extra, row
         wide = row["wide_expected"]  # 128-bit accesses of a thread to its part of a tile
         if row["kernel"] in ("forward", "backward"):
             # Only the taps of a resized teacher, and the few numbers of a row, are read in less than 128 bits.

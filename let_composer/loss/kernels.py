@@ -370,7 +370,8 @@ def plan(kind: Kind, width: int, source: int, itemsize: int) -> Plan:
         columns = triton.next_power_of_2(max(width, 32 * vector))
         rows, num_warps = max(4096 // columns, 1), min(max(columns // 256, 1), 8)
     else:
-        sizes = (256,) if kind == "forward" and vector == 1 else (1024, 512, 256)
+        # One warp holds a forward tile in its registers; a resized one, with weights and taps there too, is smaller.
+        sizes = (1024, 512, 256) if kind != "forward" or taps == 1 else (512, 256) if vector > 1 else (256,)
         columns = min(sizes, key=lambda size: -(-width // size) * size)  # the largest of those that waste least
         # Forward: a warp per row adds up without barriers. Backward: a thread per group, which shares a row's numbers.
         rows = 1 if kind == "forward" or vector == 1 else 2
