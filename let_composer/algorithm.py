@@ -236,10 +236,8 @@ class LET(Algorithm):
             log.info("LET ended at %s: the teacher is not loaded.", self._end.to_timestring())
             self._events = _OFF
             return
-        dataset = getattr(state.train_dataloader, "dataset", None)
-        if (
-            dataset is not None and hasattr(dataset, "streams") and hasattr(dataset, "max_seq_len")
-        ):  # llm-foundry's text
+        dataset = getattr(state.train_dataloader, "dataset", None)  # llm-foundry's text loader has these attributes
+        if dataset is not None and hasattr(dataset, "streams") and hasattr(dataset, "max_seq_len"):
             for stream in dataset.streams:
                 folder = "/".join(part for part in (stream.remote or stream.local, stream.split) if part)
                 check_manifest(folder, dataset.tokenizer, dataset.max_seq_len)
