@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from let_composer.student import Capture, find_blocks, matmul_parameters
 
-__all__ = ["Placement", "Teacher", "check_vocabulary", "read_vocabulary"]
+__all__ = ["Placement", "Teacher", "build_body", "check_vocabulary", "read_vocabulary"]
 
 Placement = Literal["replicate", "shard"]
 
@@ -103,6 +103,34 @@ class Teacher:
             )
 
 
+def build_body(name: str | PretrainedConfig, layer: int = -1, trust_remote_code: bool = False) -> Any:
+    """The teacher's body on the meta device, cut like the one that runs: shapes without weights, for planning.
+
+    Args:
+        name: As in :class:`Teacher`; or a configuration, then nothing is read.
+        layer: As in :class:`Teacher`.
+        trust_remote_code: As in :class:`Teacher`.
+
+    Raises:
+        ValueError: If there is no such model or layer.
+    """
+    if isinstance(name, str):
+        config: Any = _load_config(name, *_source(name, trust_remote_code))
+    else:
+        config, name = name, name.model_type
+    with torch.device("meta"):
+        if config.model_type == "mpt" and hasattr(config, "ffn_config"):
+            from llmfoundry.models.mpt import MPTModel
+
+            config.attn_config["attn_impl"] = "torch"
+            config.init_device = "meta"
+            body = MPTModel(config)
+        else:
+            body = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    _cut(name, body, layer)
+    return body.eval().requires_grad_(False)
+
+
 def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str] | None:
     """The teacher's vocabulary, id to token, or ``None`` if it comes without a tokenizer.
 
@@ -165,12 +193,7 @@ def check_vocabulary(student: Mapping[int, str], teacher: Mapping[int, str] | No
 
 
 def _load_body(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    if name.endswith(".gguf"):
-        file = _require_path(name)
-        path, options = str(file.parent), {"gguf_file": file.name}
-    else:
-        path, revision = _split_revision(name)
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    path, options = _source(name, trust_remote_code)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
     try:
@@ -198,6 +221,15 @@ def _load_body(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
         )
     return model
+
+
+def _source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained is to be called with."""
+    if name.endswith(".gguf"):
+        file = _require_path(name)
+        return str(file.parent), {"gguf_file": file.name}
+    path, revision = _split_revision(name)
+    return path, {"revision": revision, "trust_remote_code": trust_remote_code}
 
 
 def _load_config(name: str, path: str, options: dict[str, Any]) -> PretrainedConfig:

@@ -92,6 +92,11 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     config = load(arguments[0], arguments[1:])
+    if missing := sorted(om.missing_keys(config)):
+        raise ValueError(
+            f"{arguments[0]} leaves {', '.join(missing)} open. Give a value on the command line: "
+            + " ".join(f"{key}=..." for key in missing)
+        )
     level = str(config.get("python_log_level") or "info").upper()
     logging.getLogger("let_composer").setLevel(min(logging.INFO, logging.getLevelName(level)))
     train(config)
