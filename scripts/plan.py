@@ -292,7 +292,7 @@ def make_plan(config: DictConfig, gpus: int, gpu: str | None, hardware: Hardware
         "gathered": 3 * element * student.largest_unit if shards > 1 else element * student.parameters * (element < 4),
         "activations": student.checkpointed_activations if checkpointing else student.activations,
     }
-    other = {
+    other: dict[str, float] = {
         "activations without checkpointing" if checkpointing else "activations with checkpointing": (
             student.activations if checkpointing else student.checkpointed_activations
         )

@@ -2,12 +2,15 @@
 
     composer scripts/train.py yamls/quickstart_let.yaml max_duration=20ba algorithms.let.weight=0.5
 
+A second YAML is merged into the first, as a cloud's parameters file.
+
 ``algorithms: [let]``, ``algorithms: [gradient_clipping: {...}, let]`` and ``let:`` with nothing after it all work, and
 so do command-line overrides of a key of any of them.
 """
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -64,17 +67,24 @@ def check_names(algorithms: Iterable[str]) -> None:
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
-    """Read a YAML and merge command-line overrides into it.
+    """Read a YAML and merge further YAMLs and command-line overrides into it.
 
     Args:
         path: The YAML.
-        overrides: ``key=value`` strings; keys may be dotted.
+        overrides: ``key=value`` strings; keys may be dotted. What has no ``=`` is a YAML, merged in before them.
+
+    Raises:
+        ValueError: If a YAML is not there or holds no mapping, or ``algorithms`` names what is not registered.
     """
     om.clear_resolver("oc.env")  # as llm-foundry does: a config must not read the environment
-    configs = [om.load(path), om.from_cli(overrides)]
-    for config in configs:
+    paths = [path, *(item for item in overrides if "=" not in item)]
+    for name in paths:
+        if not os.path.exists(name):
+            raise ValueError(f"there is no YAML at {name!r} (looked for {os.path.abspath(name)}). Check the path.")
+    configs = [*map(om.load, paths), om.from_cli([item for item in overrides if "=" in item])]
+    for config, source in zip(configs, [*paths, "the command line"], strict=True):
         if not isinstance(config, DictConfig):
-            raise ValueError(f"expected {path} to hold a mapping, got {type(config).__name__}.")
+            raise ValueError(f"expected {source} to hold a mapping, got {type(config).__name__}.")
         if "algorithms" in config:
             algorithms = config.algorithms
             if isinstance(algorithms, ListConfig):
@@ -88,7 +98,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
 
 
 def main(arguments: list[str]) -> None:
-    """``train.py YAML [key=value ...]``"""
+    """``train.py YAML [YAML ...] [key=value ...]``"""
     if not arguments:
         raise SystemExit(__doc__)
     config = load(arguments[0], arguments[1:])
