@@ -33,7 +33,17 @@ from let_composer.annealing import parse_stop, resolve_stop
 from let_composer.student import find_blocks, matmul_parameters
 from let_composer.teacher import build_body
 
-__all__ = ["HARDWARE", "Hardware", "Plan", "count_student", "count_teacher", "main", "make_plan", "table"]
+__all__ = [
+    "HARDWARE",
+    "Hardware",
+    "Plan",
+    "count_student",
+    "count_teacher",
+    "main",
+    "make_plan",
+    "table",
+    "teacher_config",
+]
 
 GIB = 2**30
 
@@ -273,7 +283,7 @@ def make_plan(config: DictConfig, gpus: int, gpu: str | None, hardware: Hardware
     if options is not None:
         algorithm = LET(**cast(dict[str, Any], om.to_container(options, resolve=True)))
         teacher_name = algorithm.teacher_name
-        body = build_body(_teacher_config(teacher_name), algorithm.teacher_layer, algorithm.trust_remote_code)
+        body = build_body(teacher_config(teacher_name), algorithm.teacher_layer, algorithm.trust_remote_code)
         context = getattr(body.config, "max_position_embeddings", length) or length
         teacher = count_teacher(body.to(dtype), microbatch, min(length, context))
         if algorithm.weight > 0:
@@ -481,8 +491,8 @@ def _optimizer_bytes(config: Mapping[Any, Any]) -> int:
     raise ValueError(f"planning knows optimizers of the kinds adam, lion and sgd, got {name!r}.")
 
 
-def _teacher_config(name: str) -> str | GPTNeoXConfig:
-    """The name, or the shape where it is known here."""
+def teacher_config(name: str) -> str | GPTNeoXConfig:
+    """The teacher's name, or its shape where that is known here, so that no network is needed."""
     size = name.removeprefix("EleutherAI/pythia-").partition("@")[0]
     if size not in PYTHIA or not name.startswith("EleutherAI/"):
         return name

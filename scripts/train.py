@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     config = load(arguments[0], arguments[1:])
-    if missing := sorted(om.missing_keys(config)):
+    if missing := sorted(key for key in om.missing_keys(config) if not _is_interpolation(config, key)):
         raise ValueError(
             f"{arguments[0]} leaves {', '.join(missing)} open. Give a value on the command line: "
             + " ".join(f"{key}=..." for key in missing)
@@ -110,6 +110,11 @@ def main(arguments: list[str]) -> None:
     level = str(config.get("python_log_level") or "info").upper()
     logging.getLogger("let_composer").setLevel(min(logging.INFO, logging.getLevelName(level)))
     train(config)
+
+
+def _is_interpolation(config: DictConfig, key: str) -> bool:
+    parent, _, leaf = key.rpartition(".")
+    return om.is_interpolation(om.select(config, parent) if parent else config, leaf)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_every_let_yaml_has_an_answer_without_a_network(name):
     [("14m", 1_189_888), ("70m", 18_915_328), ("160m", 85_056_000), ("410m", 302_311_424), ("1b", 805_736_448)],
 )
 def test_the_shapes_of_the_known_teachers(size, parameters):
-    config = script._teacher_config(f"EleutherAI/pythia-{size}@step1000")
+    config = script.teacher_config(f"EleutherAI/pythia-{size}@step1000")
     assert isinstance(config, GPTNeoXConfig)
     body = build_body(config)
     assert all(p.device.type == "meta" for p in body.parameters())

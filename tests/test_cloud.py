@@ -1,0 +1,110 @@
+"""The run files for clouds and clusters: schemas, and the commands that they arrive at."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import train as script  # scripts/train.py
+import yaml
+from mcli import RunConfig
+from omegaconf import OmegaConf as om
+
+ROOT = Path(__file__).parents[1]
+CLOUD = ROOT / "yamls" / "cloud"
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Run a command of a run file with a launcher that only writes down its arguments."""
+
+    def run(command: list[str], **env: str) -> list[str]:
+        bin = tmp_path / "bin"
+        bin.mkdir(exist_ok=True)
+        for name, body in {
+            "composer": f'printf "%s\\n" "$@" > {tmp_path}/arguments',
+            "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+            "scontrol": 'printf "node-a\\nnode-b\\n"',
+        }.items():
+            (bin / name).write_text(f"#!/bin/sh\n{body}\n")
+            (bin / name).chmod(0o755)
+        # The scripts put the environment of this folder first, and here that is none.
+        subprocess.run(
+            command, check=True, cwd=tmp_path, env={**env, "PATH": f"{bin}:{os.environ['PATH']}"}, timeout=60
+        )
+        return (tmp_path / "arguments").read_text().splitlines()
+
+    return run
+
+
+def options(arguments: list[str]) -> dict[str, str]:
+    end = arguments.index("scripts/train.py")
+    return dict(zip(arguments[:end:2], arguments[1:end:2], strict=True))
+
+
+def test_the_mosaicml_run_has_the_schema_of_its_client(tmp_path):
+    run = RunConfig.from_file(CLOUD / "mcli.yaml")  # unknown fields are a warning, so an error here
+    assert run.compute["gpus"] == 32 and run.image.startswith("mosaicml/llm-foundry:2.7.0")
+    assert run.scheduling["retry_on_system_failure"]
+    assert "composer scripts/train.py yamls/let_7b.yaml /mnt/config/parameters.yaml" in run.command
+    text = (CLOUD / "mcli.yaml").read_text()
+    (tmp_path / "bad.yaml").write_text(text.replace("gpu_type:", "gpu_typo:"))
+    with pytest.warns(UserWarning, match="compute.gpu_typo"):
+        RunConfig.from_file(tmp_path / "bad.yaml")
+
+
+def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
+    run = RunConfig.from_file(CLOUD / "mcli.yaml")
+    (tmp_path / "parameters.yaml").write_text(yaml.safe_dump(run.parameters))
+    config = script.load(str(ROOT / "yamls" / "let_7b.yaml"), [str(tmp_path / "parameters.yaml"), "seed=18"])
+    assert config.train_loader.dataset.remote == "s3://your-bucket/pile-mds"
+    assert config.save_folder == "s3://your-bucket/runs/let-7b/checkpoints"
+    assert config.model.d_model == 4096 and config.seed == 18
+    assert not om.missing_keys(config)
+
+
+def test_a_yaml_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no YAML at '/mnt/config/parameterz.yaml'"):
+        script.load(str(ROOT / "yamls" / "let_7b.yaml"), ["/mnt/config/parameterz.yaml"])
+
+
+def test_what_a_yaml_leaves_open_is_asked_for():
+    with pytest.raises(ValueError, match="let_7b.yaml leaves variables.data open.*variables.data=..."):
+        script.main([str(ROOT / "yamls" / "let_7b.yaml")])
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_slurm_starts_one_launcher_a_node(launched, node):
+    found = launched(
+        ["bash", str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data=s3://bucket/a b"],
+        SLURM_JOB_NODELIST="node-[a-b]",
+        SLURM_JOB_ID="40007",
+        SLURM_NNODES="2",
+        SLURM_NODEID=node,
+        SLURM_GPUS_ON_NODE="8",
+    )
+    assert found[found.index("scripts/train.py") + 1 :] == ["yamls/let_7b.yaml", "variables.data=s3://bucket/a b"]
+    assert options(found) == {
+        "--nproc": "8",
+        "--world_size": "16",
+        "--node_rank": node,
+        "--base_rank": str(8 * int(node)),
+        "--master_addr": "node-a",
+        "--master_port": "20007",
+    }
+
+
+def test_skypilot_starts_one_launcher_a_node(launched):
+    task = yaml.safe_load((CLOUD / "skypilot.yaml").read_text())
+    found = launched(
+        ["bash", "-c", task["run"]],
+        SKYPILOT_NUM_GPUS_PER_NODE="8",
+        SKYPILOT_NUM_NODES="4",
+        SKYPILOT_NODE_RANK="3",
+        SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2\n10.0.0.3\n10.0.0.4",
+        DATA="s3://bucket/pile",
+        RUNS="/runs",
+    )
+    assert found[-3:] == ["yamls/let_7b.yaml", "variables.data=s3://bucket/pile", "variables.runs=/runs"]
+    assert options(found)["--world_size"] == "32" and options(found)["--base_rank"] == "24"
+    assert options(found)["--master_addr"] == "10.0.0.1"
