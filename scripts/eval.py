@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import composer
-import datasets
+import datasets.config
 import llmfoundry
 import torch
 from composer import Callback, Logger, State
@@ -274,6 +274,11 @@ def _locate(model: str, work: Path, trust_remote_code: bool) -> tuple[str, str |
         (folder / "config.json").write_text(json.dumps(entries))
         return str(folder), str(checkpoint)
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(
+                f"{model} has no config.json: expected a Hugging Face folder with weights and tokenizer, a hub id, or "
+                "a Composer checkpoint of one file. A sharded checkpoint has to be converted first."
+            )
         return str(path.resolve()), None
     if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".pt" or model.count("/") > 1:
         raise ValueError(f"there is no model at {model} (from {Path.cwd()}).")
@@ -284,10 +289,7 @@ def _entries(model: str, folder: str) -> dict[str, Any]:
     try:
         return PretrainedConfig.get_config_dict(folder)[0]
     except OSError as error:
-        raise ValueError(
-            f"there is no model {model!r}: expected a folder with config.json and weights, a hub id, or a Composer "
-            f"checkpoint of one file. A sharded checkpoint has to be converted first. ({error})"
-        ) from error
+        raise ValueError(f"there is no model {model!r} here or on the hub. ({error})") from error
 
 
 @contextlib.contextmanager
@@ -312,7 +314,7 @@ def table(results: list[Result]) -> str:
     for row in zip(*([*r.scores, r.average] for r in results), strict=True):
         first = row[0]
         name = first.task if first.task == "average" else f"{first.task}, {first.shots}-shot"
-        majority = "-" if first.majority is None else f"{first.majority:.1%}"[:-1]
+        majority = "-" if first.majority is None else f"{100 * first.majority:.1f}"
         scores = " | ".join(f"{100 * s.accuracy:.1f} ± {100 * s.standard_error:.1f}" for s in row)
         lines.append(f"| {name} | {first.items:,} | {100 * first.chance:.1f} | {majority} | {scores} |")
     return "\n".join(lines)
