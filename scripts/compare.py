@@ -152,17 +152,19 @@ def measure(run: Run, tokens: float, level: float, teacher_loss: float | None = 
         Losses in nats per token, times in seconds; ``None`` for what was not logged or never happened.
     """
 
+    def known(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
     def time(at: float | None) -> float | None:
-        seconds = np.nan if at is None else float(np.interp(at, *run.train_seconds))
-        return None if np.isnan(seconds) else float(seconds)
+        return None if at is None else known(float(np.interp(at, *run.train_seconds)))
 
     reached = crossing(run.loss, level)
     x = run.train_seconds[0]
     batch = float(np.diff(x).max()) if len(x) > 1 else None
     return {
         "run": run.name,
-        "final_loss": float(run.loss[1][-1]),
-        "loss_at_equal_tokens": float(np.interp(tokens, *run.loss)),
+        "final_loss": known(run.loss[1][-1]),
+        "loss_at_equal_tokens": known(float(np.interp(tokens, *run.loss))),
         "tokens": float(run.loss[0][-1]),
         "train_seconds": time(x[-1]),
         "tokens_to_baseline_loss": reached,
@@ -189,9 +191,14 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     Args:
         arms: Runs by arm; the first arm is the baseline. The loss to be reached is the mean of its seeds' final ones.
         teacher: The run that trained the teacher; its time is what a user who has no teacher pays on top.
+
+    Raises:
+        ValueError: If the baseline's final loss is not a number.
     """
     baseline = next(iter(arms))
     level = float(np.mean([run.loss[1][-1] for run in arms[baseline]]))
+    if not np.isfinite(level):
+        raise ValueError(f"the final loss of {baseline} is {level}: nothing can be compared to it.")
     tokens = float(min(run.loss[0][-1] for runs in arms.values() for run in runs))
     teacher_loss = None if teacher is None else float(teacher.loss[1][-1])
     rows = []
@@ -290,8 +297,8 @@ def draw(arms: Arms, summary: dict[str, Any], out: str | Path, teacher: Run | No
 
     plt.rcParams["svg.hashsalt"] = "compare"  # the same bytes for the same runs
     palette = ["#666666", "#c8442a", "#2a6fc8", "#2f8f46", "#8a52b0", "#b8860b", "#1b9e9e", "#d0578f"]
-    colors = {arm: palette[i % len(palette)] for i, arm in enumerate(arms)}
-    guided = {arm: runs for arm, runs in arms.items() if all("let/weight" in run.guidance for run in runs)}
+    colors = {arm: palette[1 + (i - 1) % (len(palette) - 1) if i else 0] for i, arm in enumerate(arms)}
+    guided = {arm: runs for arm, runs in arms.items() if all("let/cosine" in run.guidance for run in runs)}
     rows, heights = (3, [3.2, 0.8, 1.4]) if guided else (1, [1])
     figure, axes = plt.subplots(
         rows,
@@ -317,24 +324,23 @@ def draw(arms: Arms, summary: dict[str, Any], out: str | Path, teacher: Run | No
         arm, reached = row["arm"], row["over_seeds"]["tokens_to_baseline_loss"]
         x, y = band(losses, [run.loss for run in arms[arm]], colors[arm])
         text = f"{arm}: {y:.3f}"
-        if arm != summary["baseline"]:
-            if reached is None:
-                text += f"\nnever at {summary['baseline']}'s final loss"
+        if arm != summary["baseline"] and reached is not None:
+            losses.plot(reached["mean"] / unit, level, "*", ms=15, color=colors[arm], mec="white", zorder=4)
+            share = reached["mean"] / whole["tokens"]["mean"]
+            seconds = row["over_seeds"]["seconds_to_baseline_loss"]
+            if len(arms) > 4:
+                text += f", ★ {share:.0%}"
             else:
-                losses.plot(reached["mean"] / unit, level, "*", ms=15, color=colors[arm], mec="white", zorder=4)
-                text += f"\n★ after {reached['mean'] / whole['tokens']['mean']:.0%} of the tokens"
-                seconds = row["over_seeds"]["seconds_to_baseline_loss"]
+                text += f"\n★ after {share:.0%} of the tokens"
                 if seconds is not None and whole["train_seconds"] is not None:
                     text += f",\n{seconds['mean'] / whole['train_seconds']['mean']:.0%} of the time"
         labels.append((x, y, text, colors[arm]))
     losses.axhline(level, color=palette[0], lw=1, ls=":")
 
-    # The first fifth falls so steeply that it would hide the differences.
-    early = [
-        float(np.interp(0.2 * x[-1], x, y)) for x, y, *_ in (_mean([r.loss for r in runs]) for runs in arms.values())
-    ]
-    bottom = min(float(np.nanmin(run.loss[1])) for runs in arms.values() for run in runs)
-    top = max(np.nanmax(early), level + 1e-3)
+    # From where the baseline has done a fifth: what it does before that is so steep that it would hide the differences.
+    x, y, *_ = _mean([run.loss for run in arms[summary["baseline"]]])
+    top = max(float(np.interp(0.2 * x[-1], x, y)), level + 1e-3)
+    bottom = float(np.nanmin(np.concatenate([run.loss[1] for runs in arms.values() for run in runs])))
     if teacher is not None:
         own = float(teacher.loss[1][-1])
         if bottom - own <= top - bottom:
@@ -347,11 +353,12 @@ def draw(arms: Arms, summary: dict[str, Any], out: str | Path, teacher: Run | No
     losses.set_ylim(bottom - margin, top + margin)
     right = max(x for x, *_ in labels)
     lines = max(text.count("\n") + 1 for *_, text, _ in labels)
-    places = _apart([y for _, y, *_ in labels], (0.02 + 0.045 * lines) * (top - bottom))
-    for (_, y, text, color), place in zip(labels, places, strict=True):
+    ends = [y if y <= top else top for _, y, *_ in labels]  # too high, or not a number
+    places = _apart(ends, (0.02 + 0.045 * lines) * (top - bottom))
+    for (*_, text, color), end, place in zip(labels, ends, places, strict=True):
         losses.annotate(
             text,
-            (right, y),
+            (right, end),
             xytext=(1.03 * right, place),
             va="center",
             color=color,

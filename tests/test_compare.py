@@ -129,6 +129,15 @@ def test_a_run_without_times_is_read(tmp_path):
     assert (tmp_path / "picture.png").exists()
 
 
+def test_a_diverged_arm_is_shown_as_such(tmp_path):
+    folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [6.0, math.nan])]
+    main([*folders, "--out", str(tmp_path / "picture")])
+    arms = json.loads((tmp_path / "picture.json").read_text())["arms"]
+    assert arms[1]["seeds"][0]["final_loss"] is None and arms[1]["over_seeds"]["loss_at_equal_tokens"] is None
+    with pytest.raises(ValueError, match="the final loss of b is nan"):
+        main([*reversed(folders), "--out", str(tmp_path / "picture")])
+
+
 def test_labels_do_not_touch():
     assert _apart([1.0, 5.0, 3.0], 1.0) == [1.0, 5.0, 3.0]
     places = _apart([1.0, 1.0, 1.1, 9.0], 0.5)
