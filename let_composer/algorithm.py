@@ -53,7 +53,11 @@ class LET(Algorithm):
     where Composer has had one already (batches with an ``attention_mask`` excepted: transformers looks into it).
 
     The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
-    share token ids.
+    share token ids. In packed batches the teacher attends across documents, as an MPT without ``attn_uses_sequence_id``
+    does.
+
+    Runs with DDP, FSDP1 and FSDP2, with activation checkpointing, microbatching and torch.compile; refuses tensor
+    parallelism. Every rank must have the same teacher, which is checked.
 
     Args:
         teacher: A causal decoder: hub id, with ``@revision`` if need be, local folder in the Hugging Face format, or
@@ -74,8 +78,9 @@ class LET(Algorithm):
         normalize_teacher: ``"none"`` (paper); ``"center"`` subtracts the running mean of every teacher feature;
             ``"standardize"`` also divides by its running deviation. Statistics of earlier batches are used, so the very
             first batch is not normalised. Default: ``"none"``.
-        placement: ``"replicate"`` keeps the teacher on every rank; ``"shard"`` spreads it over all ranks (FSDP2), which
-            excludes ``device_train_microbatch_size: auto``. Default: ``"replicate"``.
+        placement: ``"replicate"`` keeps the teacher on every rank; ``"shard"`` spreads it over all ranks (FSDP2,
+            whatever the student uses), which excludes ``device_train_microbatch_size: auto``. Default:
+            ``"replicate"``.
         implementation: Of the alignment loss: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on CUDA. Default:
             ``"auto"``.
         trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
@@ -84,7 +89,11 @@ class LET(Algorithm):
     teacher's share of a guided step's matmul FLOPs) at the start of a batch; ``let/loss`` (the term, unweighted),
     ``let/lm_loss`` (the student's loss before the term is added), ``let/cosine`` and ``let/constant_cosine`` (what the
     best constant vector would score) at its end, all under the batch's own step; means over tokens, also where Composer
-    weights microbatches by samples. Once, ``let/memory_returned_mib``.
+    weights microbatches by samples. Once, ``let/memory_returned_mib``. Composer's ``SpeedMonitor`` counts the student's
+    FLOPs only, in ``throughput/device/flops_per_sec`` and ``throughput/device/mfu``; where it logs them, LET logs
+    ``let/throughput/device/flops_per_sec`` and ``let/throughput/device/mfu`` under the same step, over the same window
+    and with the teacher's included, counted in the same manner (batches of one size, padding and full attention
+    included).
 
     Raises:
         TypeError: For an unknown or wrongly typed argument.
@@ -293,6 +302,11 @@ class LET(Algorithm):
                 "LET does not run with tensor parallelism: the ranks of a group may hold parts of a hidden state, "
                 "which cannot be compared with the teacher's. Leave out parallelism_config['tp'] (tp_config in "
                 "llm-foundry); FSDP shards the student as well."
+            )
+        if empty := next((name for name, p in state.model.named_parameters() if p.is_meta), None):
+            raise ValueError(
+                f"expected the student's weights in memory, but {empty} is on the meta device, and without FSDP nobody "
+                "fills it. Set init_device: cpu, or shard the student with parallelism_config['fsdp'] (fsdp_config)."
             )
         if self.placement != "shard":
             return

@@ -141,8 +141,8 @@ class Teacher:
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self._device)
             raise ValueError(
-                f"teacher {self.name!r} does not fit on {self._device}: its parameters take {needed / 2**20:.0f} MiB, "
-                f"and {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {remedy}"
+                f"teacher {self.name!r} does not fit on {self._device}: its parameters take {needed / 2**20:.1f} MiB, "
+                f"and {free / 2**20:.1f} of {total / 2**20:.1f} MiB are free. {remedy}"
             ) from error
 
     def _check_causal(self) -> None:

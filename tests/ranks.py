@@ -32,22 +32,20 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp_shard": {"placement": "shard"},
     "ddp_triton": {"implementation": "triton"},  # in Triton's interpreter
     "ddp_compiled": COMPILED,
-    "fsdp1": {"fsdp": FSDPConfig()},
-    "fsdp1_microbatches": {"fsdp": FSDPConfig(), "device_train_microbatch_size": 2},
-    "fsdp1_shard": {"fsdp": FSDPConfig(), "placement": "shard"},
-    "fsdp1_checkpointing": {
-        "fsdp": FSDPConfig(activation_checkpointing=True, activation_checkpointing_reentrant=False)
-    },
-    "fsdp1_reentrant": {"fsdp": FSDPConfig(activation_checkpointing=True)},
-    "fsdp1_compiled": {"fsdp": FSDPConfig(), **COMPILED},
-    "fsdp2": {"fsdp": FSDP2Config()},
-    "fsdp2_microbatches": {"fsdp": FSDP2Config(), "device_train_microbatch_size": 2},
-    "fsdp2_shard": {"fsdp": FSDP2Config(), "placement": "shard"},
-    "fsdp2_checkpointing": {"fsdp": FSDP2Config(activation_checkpointing=True)},
-    "fsdp2_compiled": {"fsdp": FSDP2Config(), **COMPILED},
+    "fsdp1": {"fsdp1": {}},
+    "fsdp1_microbatches": {"fsdp1": {}, "device_train_microbatch_size": 2},
+    "fsdp1_shard": {"fsdp1": {}, "placement": "shard"},
+    "fsdp1_checkpointing": {"fsdp1": {"activation_checkpointing": True, "activation_checkpointing_reentrant": False}},
+    "fsdp1_reentrant": {"fsdp1": {"activation_checkpointing": True}},
+    "fsdp1_compiled": {"fsdp1": {}, **COMPILED},
+    "fsdp2": {"fsdp2": {}},
+    "fsdp2_microbatches": {"fsdp2": {}, "device_train_microbatch_size": 2},
+    "fsdp2_shard": {"fsdp2": {}, "placement": "shard"},
+    "fsdp2_checkpointing": {"fsdp2": {"activation_checkpointing": True}},
+    "fsdp2_compiled": {"fsdp2": {}, **COMPILED},
 }
 
-# Runs of eight batches, guided for five of them, saved after three and six: who saved, what is loaded, and how.
+# Of runs of eight batches, guided for five of them: what goes on from which checkpoint on two ranks.
 RESUMED: dict[str, dict[str, Any]] = {
     "sharded": {"fsdp": "sharded", "load": "sharded/ep0-ba3"},
     "sharded_from_one_rank": {"fsdp": "sharded", "load": "one_sharded/ep0-ba3"},
@@ -62,12 +60,15 @@ def build(
 ) -> tuple[Trainer, InMemoryLogger]:
     """A Trainer with a student of its own, and with LET if there is a teacher."""
     model = build_student(tokenizer)
-    parallelism = {key: case.pop(key) for key in ("fsdp", "tp") if key in case}
+    parallelism: dict[str, Any] = {}
+    for name, config in (("fsdp1", FSDPConfig), ("fsdp2", FSDP2Config)):
+        if name in case:
+            parallelism["fsdp"] = config(**case.pop(name))
+    if "tp" in case:
+        parallelism["tp"] = case.pop("tp")
     options = {key: case.pop(key) for key in ("placement", "implementation", "stop") if key in case}
-    # Where FSDP2 asks for the mean of gradients, gloo gives their sum: with plain SGD half the rate mends it.
-    rate = 0.1 / dist.get_world_size() if isinstance(parallelism.get("fsdp"), FSDP2Config) else 0.1
     defaults: dict[str, Any] = {
-        "optimizers": torch.optim.SGD(model.parameters(), lr=rate),
+        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
         "max_duration": "4ba",
         "seed": 5,
         "device": "cpu",
@@ -88,6 +89,7 @@ def build(
             tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True
         ),
         loggers=[logger := InMemoryLogger(), *case.pop("loggers", [])],
+        callbacks=[_MeanOfGradients(), *case.pop("callbacks", [])],
         parallelism_config=parallelism or None,
         **{**defaults, **case},
     )
@@ -139,8 +141,8 @@ def resumable(
         batch_size=8 // dist.get_world_size(),
         optimizer=torch.optim.AdamW,
         load_path=None if load is None else str(out / load),
-        **({"max_duration": "8ba"} | options | ({"fsdp": FSDP2Config(state_dict_type=fsdp)} if fsdp else {})),
-        **({} if teacher is None else {"stop": "5ba"}),
+        stop="5ba",
+        **{"max_duration": "8ba", **({"fsdp2": {"state_dict_type": fsdp}} if fsdp else {}), **options},
     )
     trainer.fit()
     trainer.close()
@@ -157,6 +159,15 @@ def _refuse(tokenizer: PreTrainedTokenizerFast, teacher: str, **case: Any) -> st
     except ValueError as error:
         return str(error)
     raise AssertionError(f"{case} was not refused")
+
+
+class _MeanOfGradients(Callback):
+    """Where FSDP2 asks for the mean of gradients, gloo gives their sum."""
+
+    def after_train_batch(self, state: Any, logger: Any) -> None:
+        if isinstance(state.fsdp_config, FSDP2Config):
+            for p in state.model.parameters():
+                p.grad /= dist.get_world_size()
 
 
 class _Killed(Callback):
@@ -216,7 +227,7 @@ def main(teacher: str, folder: str, who: str = "one") -> None:
         results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
         results["refused"] = {
             "teachers": _refuse(tokenizer, teacher if rank == 0 else str(other)),
-            "tp": _refuse(tokenizer, teacher, fsdp=FSDPConfig(), tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
+            "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
         }
         results["saved"] = {
             kind: resumable(tokenizer, teacher, out, fsdp=kind, save=kind) for kind in ("sharded", "full")
