@@ -301,7 +301,7 @@ def evaluator(tokenizer: Any) -> Evaluator:
 
 
 class Tried(Callback):
-    """How many of the hidden states seen so far are still in memory whenever a batch is tried."""
+    """How many of the hidden states and terms seen so far are still in memory whenever a batch is tried."""
 
     def __init__(self) -> None:
         self.seen: list[weakref.ref] = []
@@ -309,6 +309,9 @@ class Tried(Callback):
 
     def saw(self, hidden: torch.Tensor) -> None:
         self.seen.append(weakref.ref(hidden))
+
+    def after_forward(self, state: Any, logger: Any) -> None:
+        self.saw(state.algorithms[0]._term)
 
     def before_train_batch(self, state: Any, logger: Any) -> None:
         self.left.append(sum(hidden() is not None for hidden in self.seen))
