@@ -136,10 +136,10 @@ class Teacher:
     @contextmanager
     def _explain_lack_of_memory(self, remedy: str) -> Iterator[None]:
         needed = sum(p.numel() * p.element_size() for p in self.body.parameters())
+        free, total = torch.cuda.mem_get_info(self._device) if self._device.type == "cuda" else (0, 0)
         try:
             yield
         except torch.OutOfMemoryError as error:
-            free, total = torch.cuda.mem_get_info(self._device)
             raise ValueError(
                 f"teacher {self.name!r} does not fit on {self._device}: its parameters take {needed / 2**20:.1f} MiB, "
                 f"and {free / 2**20:.1f} of {total / 2**20:.1f} MiB are free. {remedy}"

@@ -138,7 +138,7 @@ def test_the_fingerprint_is_of_every_bit(teacher_folder):
     first, second = Teacher(teacher_folder), Teacher(teacher_folder)
     assert first.fingerprint() == second.fingerprint()
     weight = second.body.layers[1].mlp.down_proj.weight.data
-    weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
     assert first.fingerprint() != second.fingerprint()
 
 
@@ -148,10 +148,14 @@ def test_a_teacher_that_does_not_fit(teacher_folder, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", full)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 80 * 2**20))
-    message = "does not fit on cpu: its parameters take 0.[0-9] MiB, and 3.0 of 80.0 MiB are free.*placement: shard"
+    size = 2 * sum(p.numel() for p in LlamaForCausalLM.from_pretrained(teacher_folder).model.parameters()) / 2**20
+    message = (
+        f"does not fit on cuda: its parameters take {size:.1f} MiB, and 3.0 of 80.0 MiB are free.*placement: shard"
+    )
     with pytest.raises(ValueError, match=message):
-        Teacher(teacher_folder)
-    Teacher(teacher_folder, placement="shard")  # stays where it was loaded
+        Teacher(teacher_folder, device="cuda")
+    waiting = Teacher(teacher_folder, device="cuda", placement="shard")
+    assert {p.device.type for p in waiting.body.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("length", [LENGTH, LENGTH + 5, 3 * LENGTH])
