@@ -4,11 +4,12 @@ import difflib
 import gc
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
+from composer.callbacks import SpeedMonitor
 from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
@@ -52,7 +53,11 @@ class LET(Algorithm):
     where Composer has had one already (batches with an ``attention_mask`` excepted: transformers looks into it).
 
     The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
-    share token ids.
+    share token ids. In packed batches the teacher attends across documents, as an MPT without ``attn_uses_sequence_id``
+    does.
+
+    Runs with DDP, FSDP1 and FSDP2, with activation checkpointing, microbatching and torch.compile; refuses tensor
+    parallelism. Every rank must have the same teacher, which is checked.
 
     Args:
         teacher: A causal decoder: hub id, with ``@revision`` if need be, local folder in the Hugging Face format, or
@@ -73,8 +78,9 @@ class LET(Algorithm):
         normalize_teacher: ``"none"`` (paper); ``"center"`` subtracts the running mean of every teacher feature;
             ``"standardize"`` also divides by its running deviation. Statistics of earlier batches are used, so the very
             first batch is not normalised. Default: ``"none"``.
-        placement: ``"replicate"`` keeps the teacher on every rank; ``"shard"`` spreads it over all ranks (FSDP2), which
-            excludes ``device_train_microbatch_size: auto``. Default: ``"replicate"``.
+        placement: ``"replicate"`` keeps the teacher on every rank; ``"shard"`` spreads it over all ranks (FSDP2,
+            whatever the student uses), which excludes ``device_train_microbatch_size: auto``. Default:
+            ``"replicate"``.
         implementation: Of the alignment loss: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on CUDA. Default:
             ``"auto"``.
         trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
@@ -83,7 +89,11 @@ class LET(Algorithm):
     teacher's share of a guided step's matmul FLOPs) at the start of a batch; ``let/loss`` (the term, unweighted),
     ``let/lm_loss`` (the student's loss before the term is added), ``let/cosine`` and ``let/constant_cosine`` (what the
     best constant vector would score) at its end, all under the batch's own step; means over tokens, also where Composer
-    weights microbatches by samples. Once, ``let/memory_returned_mib``.
+    weights microbatches by samples. Once, ``let/memory_returned_mib``. Composer's ``SpeedMonitor`` counts the student's
+    FLOPs only, in ``throughput/device/flops_per_sec`` and ``throughput/device/mfu``; where it logs them, LET logs
+    ``let/throughput/device/flops_per_sec`` and ``let/throughput/device/mfu`` under the same step, over the same window
+    and with the teacher's included, counted in the same manner (batches of one size, padding and full attention
+    included).
 
     Raises:
         TypeError: For an unknown or wrongly typed argument.
@@ -158,6 +168,8 @@ class LET(Algorithm):
         self._student_parameters = 0
         self._weight = 0.0  # of this batch
         self._term: Tensor | None = None  # of this microbatch, between AFTER_FORWARD and AFTER_LOSS
+        self._tokens: Tensor | None = None  # of this microbatch, generating loss
+        self._teacher_flops = 0.0  # of this batch on this rank
         self._sums: dict[str, Tensor] = {}  # of this batch, in fp64 on the device
 
     def __repr__(self) -> str:  # the engine evaluates it for every event
@@ -185,6 +197,7 @@ class LET(Algorithm):
                     "let/weight": self._weight,
                     "let/active": 1.0,
                     "let/teacher_flops_share": self._teacher_flops_share(),
+                    **self._throughput(state),
                 }
             )
         elif event == Event.BEFORE_TRAIN_BATCH:  # also the entry of a retry after an out-of-memory error
@@ -241,8 +254,8 @@ class LET(Algorithm):
             for stream in dataset.streams:
                 folder = "/".join(part for part in (stream.remote or stream.local, stream.split) if part)
                 check_manifest(folder, dataset.tokenizer, dataset.max_seq_len)
-        path, block = resolve_layer(state.model, self.student_layer)
         self._check_parallelism(state)
+        path, block = resolve_layer(state.model, self.student_layer)
         device = _device(state)
         example = torch.zeros(1, 8, device=device)
         alignment_loss(example, example, implementation=self.implementation)  # says now if it cannot run here
@@ -252,9 +265,12 @@ class LET(Algorithm):
                 self.teacher_name,
                 layer=self.teacher_layer,
                 device=device,
+                placement=self.placement,
                 trust_remote_code=self.trust_remote_code,
             )
         check_vocabulary(_vocabulary(state), vocabulary, self._teacher.rows, self.teacher_name)
+        if dist.get_world_size() > 1:
+            _check_same(self.teacher_name, dist.all_gather_object(self._teacher.fingerprint()))
         if self.placement == "shard":
             self._teacher.shard()
         self._statistics.to(device)
@@ -281,6 +297,17 @@ class LET(Algorithm):
         )
 
     def _check_parallelism(self, state: State) -> None:
+        if state.tp_config is not None:
+            raise ValueError(
+                "LET does not run with tensor parallelism: the ranks of a group may hold parts of a hidden state, "
+                "which cannot be compared with the teacher's. Leave out parallelism_config['tp'] (tp_config in "
+                "llm-foundry); FSDP shards the student as well."
+            )
+        if empty := next((name for name, p in state.model.named_parameters() if p.is_meta), None):
+            raise ValueError(
+                f"expected the student's weights in memory, but {empty} is on the meta device, and without FSDP nobody "
+                "fills it. Set init_device: cpu, or shard the student with parallelism_config['fsdp'] (fsdp_config)."
+            )
         if self.placement != "shard":
             return
         if dist.get_world_size() == 1:
@@ -320,8 +347,11 @@ class LET(Algorithm):
                 "(gradient_checkpointing_enable). Unfreeze them, or use Composer's activation checkpointing."
             )
         mask = _loss_generating(state.batch)
+        self._tokens = mask.sum()
         # Outside autocast, as every algorithm: the teacher's weights have the type it is to compute in.
-        teacher = self._teacher.hidden(state.batch["input_ids"], state.batch.get("attention_mask"))
+        ids = state.batch["input_ids"]
+        teacher = self._teacher.hidden(ids, state.batch.get("attention_mask"))
+        self._teacher_flops += self._teacher.flops(ids.numel(), ids.shape[-1])
         mean, std = self._statistics.mean_and_std()
         self._term = alignment_loss(
             student,
@@ -340,21 +370,22 @@ class LET(Algorithm):
             teacher_std=std,
             implementation=self.implementation,
         )
-        self._count("tokens", mask.sum())
-        self._count("loss", mask.sum() * self._term.detach())
+        self._count("tokens", self._tokens)
+        self._count("loss", self._tokens * self._term.detach())
         self._count("targets", targets)
         self._count("features", self._statistics.sums(teacher, mask))
 
     def _add_term(self, state: State) -> None:
-        assert self._term is not None
-        self._count("lm_loss", _loss_generating(state.batch).sum() * _total(state.loss).detach())
+        assert self._term is not None and self._tokens is not None
+        self._count("lm_loss", self._tokens * _total(state.loss).detach())
         state.loss = _plus(state.loss, self._weight * self._term)
-        self._term = None
+        self._term = self._tokens = None
 
     def _forget(self) -> None:
         assert self._capture is not None
         self._capture.clear()
-        self._term = None
+        self._term = self._tokens = None
+        self._teacher_flops = 0.0
         self._sums = {}
 
     def _count(self, name: str, value: Tensor) -> None:
@@ -416,6 +447,39 @@ class LET(Algorithm):
         assert self._teacher is not None
         teacher, student = 2 * self._teacher.parameters, 6 * self._student_parameters
         return teacher / (teacher + student)
+
+    def _throughput(self, state: State) -> dict[str, float]:
+        # SpeedMonitor's figures of the batches before, with the teacher's FLOPs added to the student's: it has logged
+        # its own under this same step, after LET's turn in BATCH_END.
+        monitor = next((callback for callback in state.callbacks if isinstance(callback, SpeedMonitor)), None)
+        if monitor is None or len(monitor.history_flops) != monitor.history_flops.maxlen or not self._teacher_flops:
+            return {}
+        seconds = monitor.history_wct[-1] - monitor.history_wct[0]
+        batches = len(monitor.history_wct) - 1
+        student = sum(list(monitor.history_flops)[1:]) / dist.get_world_size()
+        metrics = {"let/throughput/device/flops_per_sec": (student + batches * self._teacher_flops) / seconds}
+        if monitor.gpu_flops_available:
+            metrics["let/throughput/device/mfu"] = (
+                metrics["let/throughput/device/flops_per_sec"] / monitor.gpu_flops_available
+            )
+        return metrics
+
+
+def _check_same(name: str, fingerprints: Sequence[str]) -> None:
+    ranks: dict[str, list[int]] = {}
+    for rank, fingerprint in enumerate(fingerprints):
+        ranks.setdefault(fingerprint, []).append(rank)
+    if len(ranks) > 1:
+        found = "; ".join(f"{_ranks(numbers)} {fingerprint}" for fingerprint, numbers in ranks.items())
+        raise ValueError(
+            f"expected the same teacher on every rank, but the weights of {name!r} differ between them ({found}). Give "
+            "every node the same files: compare the folders or caches, or name a revision, as in name@revision."
+        )
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}" + ", ..." * (len(numbers) > 8)
 
 
 def _loss_generating(batch: Mapping[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Capture", "find_blocks", "matmul_parameters", "resolve_layer"]
+__all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameters", "resolve_layer"]
 
 # Attributes under which FSDP1, activation checkpointing and torch.compile keep the module they wrap.
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -28,8 +28,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     lists = [(name, blocks) for name, blocks in _outermost_lists(model) if len({_kind(b) for b in blocks}) == 1]
     if len(lists) > 1:
-        depth = _depth(model)
-        lists = [(name, blocks) for name, blocks in lists if len(blocks) == depth] or lists
+        expected = depth(model)
+        lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected] or lists
     if len(lists) == 1:
         return lists[0]
     found = ", ".join(f"{name} ({len(blocks)} x {_kind(blocks[0]).__name__})" for name, blocks in lists) or "none"
@@ -37,6 +37,28 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         f"expected one list of decoder blocks in {_kind(model).__name__}, found {len(lists)}: {found}. Name the block "
         "whose output is to be used by its dotted path, for example student_layer: model.transformer.blocks.2"
     )
+
+
+def blocks_passed(layer: int, blocks: nn.ModuleList, option: str, owner: str) -> int:
+    """Turn the number of a hidden state into the number of blocks passed, from 1.
+
+    Args:
+        layer: As in HF ``hidden_states[layer]``; negative counts from the end, -1 being the last block.
+        blocks: All blocks.
+        option: The option that ``layer`` came from, for the message.
+        owner: Whose blocks they are, for the message.
+
+    Raises:
+        ValueError: If there is no such block.
+    """
+    count = len(blocks)
+    passed = layer if layer >= 0 else count + 1 + layer
+    if not 1 <= passed <= count:
+        raise ValueError(
+            f"{option} must be between 1 and {count}, or between -{count} and -1: {owner} has {count} blocks. "
+            f"Got {layer}."
+        )
+    return passed
 
 
 def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
@@ -62,12 +84,7 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
             )
         return layer, module
     path, blocks = find_blocks(model)
-    passed = layer if layer >= 0 else len(blocks) + 1 + layer
-    if not 1 <= passed <= len(blocks):
-        raise ValueError(
-            f"layer must be between 1 and {len(blocks)}, or between -{len(blocks)} and -1: {path} has {len(blocks)} "
-            f"blocks. Got {layer}."
-        )
+    passed = blocks_passed(layer, blocks, "student_layer", f"the student's {path}")
     return f"{path}.{passed - 1}", blocks[passed - 1]
 
 
@@ -138,6 +155,16 @@ def matmul_parameters(model: nn.Module) -> int:
     return count
 
 
+def depth(model: nn.Module) -> int | None:
+    """Number of blocks that the model's configuration gives, or ``None`` if it gives none."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for name in ("num_hidden_layers", "n_layers", "n_layer"):
+            if isinstance(number := getattr(config, name, None), int):
+                return number
+    return None
+
+
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         path = prefix if name in _WRAPPED else f"{prefix}.{name}" if prefix else name
@@ -167,12 +194,3 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     return type(_unwrapped(module))
-
-
-def _depth(model: nn.Module) -> int | None:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for name in ("num_hidden_layers", "n_layers", "n_layer"):
-            if isinstance(depth := getattr(config, name, None), int):
-                return depth
-    return None

@@ -1,8 +1,10 @@
 """Load, check, freeze, place and run the teacher: the body of a small pretrained decoder, without its LM head."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from let_composer.student import Capture, find_blocks, matmul_parameters
+from let_composer.student import Capture, blocks_passed, depth, find_blocks, matmul_parameters
 
 __all__ = ["Placement", "Teacher", "build_body", "check_vocabulary", "read_vocabulary"]
 
@@ -31,25 +33,39 @@ class Teacher:
         layer: The hidden state to return, as in HF ``hidden_states``: -1 and the number of blocks mean the last, after
             the final norm; smaller numbers the output of that block, and the blocks behind it are dropped.
         device: Where it runs; in bf16 on CUDA, in fp32 elsewhere.
+        placement: ``"replicate"`` puts all of it on the device. ``"shard"`` leaves it in the host's memory until
+            :meth:`shard`, so that the device never holds the whole.
         trust_remote_code: Whether code that comes with the weights may run.
 
     Raises:
-        ValueError: If there is no such model, weights are missing, it is not a causal decoder, it needs remote code, or
-            the layer does not exist.
+        ValueError: If there is no such model, weights are missing, it is not a causal decoder, it needs remote code,
+            the layer does not exist, or the device has too little memory for it.
     """
 
     def __init__(
-        self, name: str, *, layer: int = -1, device: torch.device | str = "cpu", trust_remote_code: bool = False
+        self,
+        name: str,
+        *,
+        layer: int = -1,
+        device: torch.device | str = "cpu",
+        placement: Placement = "replicate",
+        trust_remote_code: bool = False,
     ) -> None:
         self.name = name
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        self._device = torch.device(device)
+        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         body = _load_body(name, dtype, trust_remote_code).eval().requires_grad_(False)
         self.context = _context_length(body.config)
-        self.rows = body.get_input_embeddings().weight.shape[0]
+        self.rows, width = body.get_input_embeddings().weight.shape
         self._capture = _cut(name, body, layer)
+        blocks = depth(body) or 0 if self._capture is None else len(find_blocks(body)[1])
+        self._attention = 4 * blocks * width  # FLOPs for one query and one key
         self.parameters = matmul_parameters(body)
-        self.body = body.to(device)
-        self._check_causal()
+        self.body = body
+        if placement == "replicate":
+            with self._explain_lack_of_memory("Share it out with placement: shard, or choose a smaller teacher."):
+                self.body.to(self._device)
+            self._check_causal()
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states of the chosen layer, ``[B, S, D_t]``, without a gradient.
@@ -71,16 +87,42 @@ class Teacher:
             attention_mask = nn.functional.pad(attention_mask, (0, padded - length)).view(-1, window)
         return self._run(ids, attention_mask).view(batch, padded, -1)[:, :length]
 
+    def flops(self, tokens: int, length: int) -> float:
+        """FLOPs of a forward, counted as llm-foundry counts the student's for its MFU: matrices and full attention.
+
+        Args:
+            tokens: Number of token ids, padding included.
+            length: Length of the sequences that they are in.
+        """
+        return tokens * (2.0 * self.parameters + self._attention * min(length, self.context or length))
+
+    def fingerprint(self) -> str:
+        """A short hash over the names, shapes and bits of all parameters; to be taken before :meth:`shard`."""
+        bits = {2: torch.int16, 4: torch.int32}
+        content = hashlib.sha256()
+        for name, p in self.body.named_parameters():
+            total = p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)
+            content.update(f"{name} {tuple(p.shape)} {int(total)};".encode())
+        return content.hexdigest()[:12]
+
     def shard(self) -> None:
-        """Shard the parameters over all ranks (FSDP2); every rank must then call :meth:`hidden` equally often."""
+        """Shard the parameters over all ranks (FSDP2), moving block by block to the device.
+
+        Every rank has to call this, and :meth:`hidden` equally often from then on.
+
+        Raises:
+            ValueError: If it is not a causal decoder, or the device has too little memory for a share of it.
+        """
         from torch.distributed import get_world_size
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(next(self.body.parameters()).device.type, (get_world_size(),))
-        for block in find_blocks(self.body)[1]:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.body, mesh=mesh)
+        mesh = init_device_mesh(self._device.type, (get_world_size(),))
+        with self._explain_lack_of_memory("Choose a smaller teacher, or use more ranks."):
+            for block in find_blocks(self.body)[1]:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.body, mesh=mesh)
+        self._check_causal()
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -91,8 +133,20 @@ class Teacher:
             self.body.reshard()
         return output.last_hidden_state if self._capture is None else self._capture.take()
 
+    @contextmanager
+    def _explain_lack_of_memory(self, remedy: str) -> Iterator[None]:
+        needed = sum(p.numel() * p.element_size() for p in self.body.parameters())
+        free, total = torch.cuda.mem_get_info(self._device) if self._device.type == "cuda" else (0, 0)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"teacher {self.name!r} does not fit on {self._device}: its parameters take {needed / 2**20:.1f} MiB, "
+                f"and {free / 2**20:.1f} of {total / 2**20:.1f} MiB are free. {remedy}"
+            ) from error
+
     def _check_causal(self) -> None:
-        ids = torch.zeros(1, 4, dtype=torch.long, device=next(self.body.parameters()).device)
+        ids = torch.zeros(1, 4, dtype=torch.long, device=self._device)
         before = self._run(ids, None)[:, :-1].float()
         ids[0, -1] = 1
         change = (self._run(ids, None)[:, :-1].float() - before).abs().max()
@@ -270,13 +324,8 @@ def _cut(name: str, body: Any, layer: int) -> Capture | None:
     """Drop the blocks behind ``layer``; ``None`` when the body's own output is what is wanted."""
     if layer == -1:
         return None
-    path, blocks = find_blocks(body)
-    passed = layer if layer >= 0 else len(blocks) + 1 + layer
-    if not 1 <= passed <= len(blocks):
-        raise ValueError(
-            f"teacher_layer must be between 1 and {len(blocks)}, or between -{len(blocks)} and -1: teacher {name!r} "
-            f"has {len(blocks)} blocks. Got {layer}."
-        )
+    blocks = find_blocks(body)[1]
+    passed = blocks_passed(layer, blocks, "teacher_layer", f"teacher {name!r}")
     if passed == len(blocks):
         return None
     del blocks[passed:]

@@ -138,3 +138,8 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def allow_fsdp_without_cuda() -> None:
+    """FSDP on the CPU needs nothing but this: Composer asks CUDA for the device unconditionally."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]

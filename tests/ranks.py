@@ -1,72 +1,244 @@
-"""Two ranks on the CPU, launched by test_ranks.py; writes what each of them saw.
+"""Two ranks on the CPU, launched by conftest.py; writes what each of them saw.
 
-composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER
+composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER           all cases, then a run in which one rank is killed
+composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER all       that run resumed, until all ranks are killed
+composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER none      and resumed to its end
 """
 
+import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer
-from composer.loggers import InMemoryLogger
+from composer import Callback, Trainer
+from composer.loggers import InMemoryLogger, LoggerDestination
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config
-from conftest import build_data, build_student, load_tokenizer
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from conftest import allow_fsdp_without_cuda, build_data, build_student, load_tokenizer
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from let_composer import LET
+from let_composer.student import resolve_layer
 
+COMPILED = {"compile_config": {"backend": "aot_eager"}}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp_microbatches": {"device_train_microbatch_size": 2},
     "ddp_shard": {"placement": "shard"},
     "ddp_triton": {"implementation": "triton"},  # in Triton's interpreter
-    "fsdp2": {"fsdp2": {"activation_checkpointing": True}},
+    "ddp_compiled": COMPILED,
+    "fsdp1": {"fsdp1": {}},
+    "fsdp1_microbatches": {"fsdp1": {}, "device_train_microbatch_size": 2},
+    "fsdp1_shard": {"fsdp1": {}, "placement": "shard"},
+    "fsdp1_checkpointing": {"fsdp1": {"activation_checkpointing": True, "activation_checkpointing_reentrant": False}},
+    "fsdp1_reentrant": {"fsdp1": {"activation_checkpointing": True}},
+    "fsdp1_compiled": {"fsdp1": {}, **COMPILED},
+    "fsdp2": {"fsdp2": {}},
+    "fsdp2_microbatches": {"fsdp2": {}, "device_train_microbatch_size": 2},
     "fsdp2_shard": {"fsdp2": {}, "placement": "shard"},
+    "fsdp2_checkpointing": {"fsdp2": {"activation_checkpointing": True}},
+    "fsdp2_compiled": {"fsdp2": {}, **COMPILED},
+}
+
+# Of runs of eight batches, guided for five of them: what goes on from which checkpoint on two ranks.
+RESUMED: dict[str, dict[str, Any]] = {
+    "sharded": {"fsdp": "sharded", "load": "sharded/ep0-ba3"},
+    "sharded_from_one_rank": {"fsdp": "sharded", "load": "one_sharded/ep0-ba3"},
+    "ddp_from_full": {"load": "full/ep0-ba3-rank0.pt"},
+    "ddp_from_one_rank": {"load": "one/ep0-ba3-rank0.pt"},
+    "full_from_one_rank": {"fsdp": "full", "load": "one/ep0-ba3-rank0.pt"},
 }
 
 
-def run(teacher: str, case: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = load_tokenizer(teacher)
+def build(
+    tokenizer: PreTrainedTokenizerFast, teacher: str | None, batch_size: int = 4, **case: Any
+) -> tuple[Trainer, InMemoryLogger]:
+    """A Trainer with a student of its own, and with LET if there is a teacher."""
     model = build_student(tokenizer)
-    case = dict(case)
-    fsdp = case.pop("fsdp2", None)
-    options = {key: case.pop(key) for key in ("placement", "implementation") if key in case}
+    parallelism: dict[str, Any] = {}
+    for name, config in (("fsdp1", FSDPConfig), ("fsdp2", FSDP2Config)):
+        if name in case:
+            parallelism["fsdp"] = config(**case.pop(name))
+    if "tp" in case:
+        parallelism["tp"] = case.pop("tp")
+    options = {key: case.pop(key) for key in ("placement", "implementation", "stop") if key in case}
+    defaults: dict[str, Any] = {
+        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
+        "max_duration": "4ba",
+        "seed": 5,
+        "device": "cpu",
+        "precision": "fp32",
+        "accumulate_train_batch_on_tokens": True,
+        "progress_bar": False,
+        "dist_timeout": 60,
+    }
+    if optimizer := case.pop("optimizer", None):
+        defaults["optimizers"] = optimizer(model.parameters(), lr=1e-2)
+    if teacher is not None:
+        options = {"stop": "3ba", "weight": 1.0, "normalize_teacher": "standardize", **options}
+        defaults["algorithms"] = LET(teacher, **options)
     trainer = Trainer(
         model=model,
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
-        train_dataloader=build_data(tokenizer, 4, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
-        # Where FSDP2 asks for the mean of gradients, gloo gives their sum: with plain SGD half the rate mends it.
-        optimizers=torch.optim.SGD(model.parameters(), lr=0.1 if fsdp is None else 0.1 / dist.get_world_size()),
-        algorithms=LET(teacher, stop="3ba", weight=1.0, normalize_teacher="standardize", **options),
-        max_duration="4ba",
-        seed=5,
-        device="cpu",
-        precision="fp32",
-        accumulate_train_batch_on_tokens=True,
-        progress_bar=False,
-        dist_timeout=60,
-        loggers=[logger := InMemoryLogger()],
-        parallelism_config={"fsdp": FSDP2Config(**fsdp)} if fsdp is not None else None,
-        **case,
+        train_dataloader=build_data(
+            tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True
+        ),
+        loggers=[logger := InMemoryLogger(), *case.pop("loggers", [])],
+        callbacks=[_MeanOfGradients(), *case.pop("callbacks", [])],
+        parallelism_config=parallelism or None,
+        **{**defaults, **case},
     )
+    return trainer, logger
+
+
+def run(tokenizer: PreTrainedTokenizerFast, teacher: str, case: dict[str, Any]) -> dict[str, Any]:
+    """What one case trained and logged, and how often the block's output was seen, with a gradient or without."""
+    trainer, logger = build(tokenizer, teacher, **case)
+    fired: list[bool] = []
+    if "compile_config" not in case:  # a list that grows inside of what is compiled means compiling at every step
+        block = resolve_layer(trainer.state.model, 3)[1]
+        block.register_forward_hook(lambda module, args, output: fired.append(output[0].requires_grad))
     trainer.fit()
     parameters = {}
-    for name, p in trainer.state.model.named_parameters():
-        full = p.full_tensor() if isinstance(p, DTensor) else p
-        parameters[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")] = full.detach().clone()
-    logged = {name: [value for _, value in points] for name, points in logger.data.items() if name.startswith("let/")}
+    with FullyShardedDataParallel.summon_full_params(trainer.state.model):  # of FSDP1, if there is any
+        for name, p in trainer.state.model.named_parameters():
+            for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+                name = name.replace(wrapper, "")
+            full = p.full_tensor() if isinstance(p, DTensor) else p
+            parameters[name.removeprefix("module.")] = full.detach().clone()
     trainer.close()
-    return {"parameters": parameters, "metrics": logged}
+    return {"parameters": parameters, "metrics": _logged(logger, "let/"), "fired": fired}
 
 
-def main(teacher: str, out: str) -> None:
-    # FSDP on the CPU needs nothing but this: Composer asks CUDA for the device unconditionally.
-    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+def resumable(
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: str | None,
+    out: Path,
+    fsdp: str | None = None,
+    load: str | None = None,
+    **options: Any,
+) -> dict[str, list[float]]:
+    """The curves of a run that may be saved and loaded, batch by batch from where it was loaded.
+
+    Args:
+        tokenizer: The student's.
+        teacher: Or ``None`` for a run without LET.
+        out: Where the checkpoints of all runs are.
+        fsdp: ``"full"`` or ``"sharded"`` for FSDP2 with checkpoints of this kind. Default: without, or with DDP.
+        load: The checkpoint to go on from.
+        options: Of the Trainer; ``save`` is the folder for checkpoints.
+    """
+    if save := options.pop("save", None):
+        options = {"save_folder": str(out / save), "save_interval": "3ba", **options}
+    trainer, logger = build(
+        tokenizer,
+        teacher,
+        batch_size=8 // dist.get_world_size(),
+        optimizer=torch.optim.AdamW,
+        load_path=None if load is None else str(out / load),
+        stop="5ba",
+        **{"max_duration": "8ba", **({"fsdp2": {"state_dict_type": fsdp}} if fsdp else {}), **options},
+    )
+    trainer.fit()
+    trainer.close()
+    return _logged(logger, "let/l", "loss/train/total")
+
+
+def _logged(logger: InMemoryLogger, *prefixes: str) -> dict[str, list[float]]:
+    return {name: [float(v) for _, v in points] for name, points in logger.data.items() if name.startswith(prefixes)}
+
+
+def _refuse(tokenizer: PreTrainedTokenizerFast, teacher: str, **case: Any) -> str:
+    try:
+        build(tokenizer, teacher, **case)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{case} was not refused")
+
+
+class _MeanOfGradients(Callback):
+    """Where FSDP2 asks for the mean of gradients, gloo gives their sum."""
+
+    def after_train_batch(self, state: Any, logger: Any) -> None:
+        if isinstance(state.fsdp_config, FSDP2Config):
+            for p in state.model.parameters():
+                p.grad /= dist.get_world_size()
+
+
+class _Killed(Callback):
+    """Kills its own process in the middle of a batch, as a pre-emption does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def after_forward(self, state: Any, logger: Any) -> None:
+        if state.timestamp.batch == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Curve(LoggerDestination):
+    """Losses on disk as they come, so that they outlive the process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        found = {name: float(metrics[name]) for name in ("let/loss", "loss/train/total") if name in metrics}
+        if found and dist.get_global_rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"batch": step, **found}) + "\n")
+
+
+def preempted(tokenizer: PreTrainedTokenizerFast, teacher: str, out: Path, who: str) -> None:
+    """A run that resumes by itself, killed on one rank in its fifth batch, on all in its seventh, or not at all."""
+    batch = {"one": 4, "all": 6, "none": -1}[who]
+    killed = who == "all" or (who == "one" and dist.get_global_rank() == 1)
+    resumable(
+        tokenizer,
+        teacher,
+        out,
+        fsdp="sharded",
+        save="preempted",
+        run_name="preempted",
+        autoresume=True,
+        loggers=[_Curve(out / "curve.jsonl")],
+        callbacks=[_Killed(batch)] if killed else [],
+    )
+
+
+def main(teacher: str, folder: str, who: str = "one") -> None:
+    out = Path(folder)
+    allow_fsdp_without_cuda()
     dist.initialize_dist("cpu")
-    results = {name: run(teacher, case) for name, case in CASES.items()}
-    torch.save(results, Path(out) / f"rank{dist.get_global_rank()}.pt")
+    rank = dist.get_global_rank()
+    tokenizer = load_tokenizer(teacher)
+    if who == "one":
+        other = out / "other"  # for the second rank: one weight differs
+        if rank == 1:
+            model = LlamaForCausalLM.from_pretrained(teacher)
+            model.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
+            model.save_pretrained(other)
+            tokenizer.save_pretrained(other)
+        results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
+        results["refused"] = {
+            "teachers": _refuse(tokenizer, teacher if rank == 0 else str(other)),
+            "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
+        }
+        results["saved"] = {
+            kind: resumable(tokenizer, teacher, out, fsdp=kind, save=kind) for kind in ("sharded", "full")
+        }
+        resumable(tokenizer, None, out, fsdp="sharded", save="plain", max_duration="3ba")
+        results["resumed"] = {name: resumable(tokenizer, teacher, out, **options) for name, options in RESUMED.items()}
+        results["resumed"]["added"] = resumable(tokenizer, teacher, out, fsdp="sharded", load="plain/ep0-ba3")
+        results["resumed"]["removed"] = resumable(tokenizer, None, out, fsdp="sharded", load="sharded/ep0-ba3")
+        results["resumed"]["over"] = resumable(tokenizer, "./nowhere", out, fsdp="sharded", load="sharded/ep0-ba6")
+        torch.save(results, out / f"rank{rank}.pt")
+    preempted(tokenizer, teacher, out, who)
 
 
 if __name__ == "__main__":

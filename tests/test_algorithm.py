@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from composer import DataSpec, Evaluator
+from composer import Callback, DataSpec, Evaluator
 from composer.algorithms import EMA, GradientClipping
+from composer.callbacks import SpeedMonitor
 from composer.core import Event, Time
 from composer.loggers import ProgressBarLogger
 from conftest import LENGTH, build_data, build_student, metrics, parameters
@@ -299,6 +300,23 @@ def evaluator(tokenizer: Any) -> Evaluator:
     return Evaluator(label="eval", dataloader=build_data(tokenizer, seed=4), metric_names=["LanguageCrossEntropy"])
 
 
+class Tried(Callback):
+    """How many of the hidden states and terms seen so far are still in memory whenever a batch is tried."""
+
+    def __init__(self) -> None:
+        self.seen: list[weakref.ref] = []
+        self.left: list[int] = []
+
+    def saw(self, hidden: torch.Tensor) -> None:
+        self.seen.append(weakref.ref(hidden))
+
+    def after_forward(self, state: Any, logger: Any) -> None:
+        self.saw(state.algorithms[0]._term)
+
+    def before_train_batch(self, state: Any, logger: Any) -> None:
+        self.left.append(sum(hidden() is not None for hidden in self.seen))
+
+
 class TestCompany:
     """Models, losses, algorithms and callbacks that users have."""
 
@@ -388,24 +406,48 @@ class TestCompany:
         train(LET(teacher_folder, stop="4ba"), loggers=[bar])
         assert {"let/loss", "let/lm_loss"} <= shown.keys()
 
+    @pytest.mark.parametrize("place", ["student", "teacher", "term", "loss"])
     @pytest.mark.filterwarnings("ignore:CUDA out of memory or excessive memory allocation")  # what is provoked here
-    def test_a_retry_after_running_out_of_memory(self, train, teacher_folder):
-        """Composer runs the same batch again, in smaller microbatches; what the first try left must not count."""
+    def test_a_retry_after_running_out_of_memory(self, train, tokenizer, teacher_folder, monkeypatch, place):
+        """Composer runs the same batch again, in smaller microbatches; what the first try left must not count, nor
+        take up memory."""
 
         def run(fails: bool) -> tuple[Any, LET]:
+            calls: list[int] = []
+            tried = Tried()
+
+            def failing(function: Any) -> Any:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    calls.append(1)
+                    if fails and len(calls) == 4:  # the second microbatch of the second batch
+                        raise torch.OutOfMemoryError("CUDA out of memory")
+                    return function(*args, **kwargs)
+
+                return call
+
+            model = build_student(tokenizer)
+            blocks = model.model.transformer.blocks
+            blocks[2].register_forward_hook(lambda _, args, output: tried.saw(output[0]))
             algorithm = LET(teacher_folder, stop="4ba", weight=1.0, normalize_teacher="standardize")
-            trainer = train(algorithm, device_train_microbatch_size=4, max_duration="4ba", fit=False)
+            trainer = train(
+                algorithm,
+                model=model,
+                device_train_microbatch_size=4,
+                max_duration="4ba",
+                callbacks=[tried],
+                fit=False,
+            )
             trainer.state.auto_microbatching = True  # Composer offers it on CUDA only
-            align, calls = algorithm._align, []
-
-            def failing(state: Any) -> None:
-                align(state)
-                calls.append(1)
-                if fails and len(calls) == 4:  # the second microbatch of the second batch
-                    raise RuntimeError("CUDA out of memory")
-
-            algorithm._align = failing
+            if place == "student":
+                blocks[3].forward = failing(blocks[3].forward)  # behind what is captured
+            elif place == "teacher":
+                algorithm._teacher.hidden = failing(algorithm._teacher.hidden)
+            elif place == "term":
+                monkeypatch.setattr("let_composer.algorithm.alignment_loss", failing(alignment_loss))
+            else:
+                model.loss = failing(model.loss)  # when the term is there already
             trainer.fit()
+            assert tried.left == [0] * (5 if fails else 4)
             return trainer, algorithm
 
         (whole, first), (retried, second) = run(False), run(True)
@@ -422,6 +464,34 @@ class TestCompany:
             module.requires_grad_(False)
         with pytest.raises(RuntimeError, match="student_layer 3 to carry a gradient"):
             train(LET(teacher_folder, stop="4ba"), model=model)
+
+    def test_checkpointing_of_the_models_own(self, train, tokenizer, teacher_folder):
+        def run(**options: Any) -> Any:
+            model = hf_student(tokenizer, teacher_folder)
+            if options:
+                model.model.gradient_checkpointing_enable(options)
+            return train(LET(teacher_folder, student_layer=1, stop="2ba", weight=1.0), model=model, max_duration="2ba")
+
+        plain = parameters(run())
+        for reentrant in (True, False):
+            trainer = run(use_reentrant=reentrant)
+            assert trainer.state.model.model.is_gradient_checkpointing
+            assert_close(plain, parameters(trainer))
+
+    def test_throughput_with_the_teacher(self, train, tokenizer, teacher_folder):
+        monitor = SpeedMonitor(window_size=2, gpu_flops_available=10**9)
+        algorithm = LET(teacher_folder, stop="5ba")
+        trainer = train(algorithm, callbacks=[monitor], max_duration="7ba", fit=False)
+        flops = algorithm._teacher.flops(8 * LENGTH, LENGTH)
+        share = flops / trainer.state.model.flops_per_batch({"input_ids": torch.zeros(8, LENGTH)})
+        trainer.fit()
+        logger = trainer.logger.destinations[0]
+        for name in ("flops_per_sec", "mfu"):
+            plain = {time.batch: value for time, value in logger.data[f"throughput/device/{name}"]}
+            found = {time.batch: value for time, value in logger.data[f"let/throughput/device/{name}"]}
+            assert list(plain) == [3, 4, 5, 6, 7] and list(found) == [3, 4]
+            for batch, value in found.items():
+                assert value == pytest.approx(plain[batch] * (1 + share)), name
 
     def test_one_instance_in_two_trainers(self, train, teacher_folder):
         algorithm = LET(teacher_folder, stop="0.5dur", weight=1.0)
@@ -499,6 +569,11 @@ class TestBadInput:
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="2 of 64 token ids differ .3 is 'w3' here and 'w4' there"):
             train(LET(str(tmp_path)), fit=False)
+
+    def test_a_student_on_the_meta_device_without_fsdp(self, train, tokenizer, teacher_folder):
+        model = build_student(tokenizer).to("meta")
+        with pytest.raises(ValueError, match="model.transformer.wte.weight is on the meta device.*init_device: cpu"):
+            train(LET(teacher_folder), model=model, fit=False)
 
     def test_an_epoch_without_a_length(self, train, tokenizer, teacher_folder):
         class Endless(torch.utils.data.IterableDataset):

@@ -1,34 +1,83 @@
-"""Two gloo ranks: the same collectives in the same order, and together the gradient of one rank on the whole batch."""
+"""Two gloo ranks: the same collectives in the same order, together the gradient of one rank on the whole batch, and
+checkpoints that go on elsewhere."""
 
+import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_data, metrics, parameters
-from ranks import CASES
+from conftest import build_data, load_tokenizer, metrics, parameters
+from ranks import CASES, RESUMED, resumable
 
 from let_composer import LET
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-@pytest.fixture(scope="module")
-def results(teacher_folder, tmp_path_factory) -> list[dict[str, Any]]:
-    """Of both ranks, for every case; one launch for all of them, because imports take most of its time."""
-    out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "tests/ranks.py", teacher_folder, str(out)]
-    result = subprocess.run(
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "tests/ranks.py", *arguments]
+    return subprocess.run(
         command,
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TRITON_INTERPRET": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        },
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
-    return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """FSDP2 needs a process group, even of one; and it warns that it is experimental."""
+    current_device, environment = torch.cuda.current_device, dict(os.environ)
+    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.cuda.current_device = current_device
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+
+
+@pytest.fixture(scope="module")
+def loaded(teacher_folder) -> Any:
+    """The tokenizer as it comes from disk: sharded checkpoints hold its files, and go on only where these are equal."""
+    return load_tokenizer(teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(loaded, teacher_folder, tmp_path_factory) -> Path:
+    """Where one rank and two have left theirs, and what two ranks saw: one launch, as imports take most of its time."""
+    out = tmp_path_factory.mktemp("ranks")
+    with one_rank():
+        resumable(loaded, teacher_folder, out, save="one")
+        resumable(loaded, None, out, save="one_plain", max_duration="3ba")
+        resumable(loaded, teacher_folder, out, fsdp="sharded", save="one_sharded")
+    result = launch(teacher_folder, str(out))
+    assert "Rank 1 crashed with exit code -9" in result.stderr, result.stdout[-3000:] + result.stderr[-5000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(checkpoints) -> list[dict[str, Any]]:
+    return [torch.load(checkpoints / f"rank{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +89,11 @@ def single(tokenizer, teacher_folder, train) -> Any:
     )
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def uninterrupted(loaded, teacher_folder, tmp_path_factory) -> dict[str, list[float]]:
+    return resumable(loaded, teacher_folder, tmp_path_factory.mktemp("out"))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_both_ranks_log_the_same_and_what_one_rank_logs(results, single, case):
     first, second = (result[case]["metrics"] for result in results)
@@ -49,7 +102,6 @@ def test_both_ranks_log_the_same_and_what_one_rank_logs(results, single, case):
         assert values == pytest.approx(metrics(single, name), rel=1e-5), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_are_those_of_one_rank_on_the_whole_batch(results, single, case):
     for result in results:
@@ -57,3 +109,80 @@ def test_parameters_are_those_of_one_rank_on_the_whole_batch(results, single, ca
         assert found.keys() == parameters(single).keys()
         for name, value in parameters(single).items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if "compile_config" not in case])
+def test_the_block_is_seen_once_per_forward_and_with_a_gradient(results, case):
+    forwards = 8 if "microbatches" in case else 4
+    assert all(result[case]["fired"] == [True] * forwards for result in results)
+
+
+def test_different_teachers_are_refused_with_their_ranks(results):
+    for result in results:
+        message = result["refused"]["teachers"]
+        assert "expected the same teacher on every rank" in message
+        assert "(rank 0 " in message and "; rank 1 " in message
+
+
+def test_tensor_parallelism_is_refused(results):
+    assert all("LET does not run with tensor parallelism" in result["refused"]["tp"] for result in results)
+
+
+class TestResume:
+    """Losses go on along the curve of one rank that never stopped, whoever saved and whoever loads."""
+
+    def assert_goes_on(self, found: dict[str, list[float]], whole: dict[str, list[float]], batch: int) -> None:
+        for name, guided in (("loss/train/total", False), ("let/loss", True), ("let/lm_loss", True)):
+            assert len(whole[name]) == (5 if guided else 8)
+            assert found.get(name, []) == pytest.approx(whole[name][batch:], rel=1e-4), name
+
+    @pytest.mark.parametrize("kind", ["sharded", "full"])
+    def test_uninterrupted_on_two_ranks(self, results, uninterrupted, kind):
+        self.assert_goes_on(results[0]["saved"][kind], uninterrupted, 0)
+
+    @pytest.mark.parametrize("name", RESUMED)
+    def test_on_two_ranks(self, results, uninterrupted, name):
+        assert results[0]["resumed"][name] == results[1]["resumed"][name]
+        self.assert_goes_on(results[0]["resumed"][name], uninterrupted, 3)
+
+    @pytest.mark.parametrize(
+        "options", [{"load": "full/ep0-ba3-rank0.pt"}, {"fsdp": "sharded", "load": "sharded/ep0-ba3"}]
+    )
+    def test_from_two_ranks_on_one(self, checkpoints, loaded, teacher_folder, uninterrupted, options):
+        with one_rank():
+            found = resumable(loaded, teacher_folder, checkpoints, **options)
+        self.assert_goes_on(found, uninterrupted, 3)
+
+    def test_after_the_end_no_teacher_is_loaded(self, results, uninterrupted):
+        over = results[0]["resumed"]["over"]  # its teacher does not exist
+        assert over.keys() == {"loss/train/total"}
+        self.assert_goes_on(over, uninterrupted, 6)
+
+    def test_let_added_to_a_run_without(self, results, checkpoints, loaded, teacher_folder):
+        with one_rank():
+            monolithic = resumable(loaded, teacher_folder, checkpoints, load="one_plain/ep0-ba3-rank0.pt")
+        assert len(monolithic["let/loss"]) == 2
+        for name, values in results[0]["resumed"]["added"].items():
+            assert values == pytest.approx(monolithic[name], rel=1e-4), name
+
+    def test_let_removed(self, results, checkpoints, loaded):
+        with one_rank():
+            monolithic = resumable(loaded, None, checkpoints, load="one/ep0-ba3-rank0.pt")
+        assert monolithic.keys() == {"loss/train/total"}
+        removed = results[0]["resumed"]["removed"]
+        assert removed["loss/train/total"] == pytest.approx(monolithic["loss/train/total"], rel=1e-4)
+
+    def test_a_run_that_is_killed_goes_on_by_itself(self, checkpoints, teacher_folder, uninterrupted):
+        """Rank 1 was killed in the fifth batch at the end of the first launch, all are in the seventh of the second."""
+        for who in ("all", "none"):
+            result = launch(teacher_folder, str(checkpoints), who)
+            assert (result.returncode == 0) == (who == "none"), result.stdout[-3000:] + result.stderr[-5000:]
+        lines = [json.loads(line) for line in (checkpoints / "curve.jsonl").read_text().splitlines()]
+        totals = [(line["batch"], line["loss/train/total"]) for line in lines if "loss/train/total" in line]
+        assert [batch for batch, _ in totals] == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+        for batch, total in totals:
+            assert total == pytest.approx(uninterrupted["loss/train/total"][batch], rel=1e-4)
+        guidance = [(line["batch"], line["let/loss"]) for line in lines if "let/loss" in line]
+        assert [batch for batch, _ in guidance] == [0, 1, 2, 3, 3, 4]
+        for batch, loss in guidance:
+            assert loss == pytest.approx(uninterrupted["let/loss"][batch], rel=1e-4)

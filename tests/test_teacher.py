@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import LENGTH, VOCABULARY, build_student
 from test_student import SMALL
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 from let_composer.student import matmul_parameters
@@ -119,6 +120,42 @@ def test_a_gguf_file_is_a_teacher(teacher_folder, tokenizer, tmp_path):
     ids = torch.randint(0, VOCABULARY, (2, 8))
     torch.testing.assert_close(Teacher(name).hidden(ids), model.model(ids).last_hidden_state)
     assert read_vocabulary(name) == dict(enumerate(tokens))
+
+
+@pytest.mark.parametrize(("length", "layer"), [(LENGTH, -1), (LENGTH // 2, -1), (3 * LENGTH, -1), (LENGTH, 1)])
+def test_flops_are_those_of_the_operations_that_run(teacher_folder, length, layer):
+    teacher = Teacher(teacher_folder, layer=layer)
+    teacher.body.config._attn_implementation = "eager"  # the counter does not know the CPU's fused attention
+    counter = FlopCounterMode(display=False)
+    with counter:
+        teacher.hidden(torch.zeros(2, length, dtype=torch.long))
+    vectors = 2 * sum(p.numel() for p in teacher.body.parameters() if p.ndim == 1)
+    matrices = teacher.flops(2 * length, length) - 2 * length * vectors
+    assert matrices == pytest.approx(counter.get_total_flops(), rel=1e-3)  # the rotary frequencies are a product too
+
+
+def test_the_fingerprint_is_of_every_bit(teacher_folder):
+    first, second = Teacher(teacher_folder), Teacher(teacher_folder)
+    assert first.fingerprint() == second.fingerprint()
+    weight = second.body.layers[1].mlp.down_proj.weight.data
+    weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
+    assert first.fingerprint() != second.fingerprint()
+
+
+def test_a_teacher_that_does_not_fit(teacher_folder, monkeypatch):
+    def full(self: torch.nn.Module, *args: object) -> torch.nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 80 * 2**20))
+    size = 2 * sum(p.numel() for p in LlamaForCausalLM.from_pretrained(teacher_folder).model.parameters()) / 2**20
+    message = (
+        f"does not fit on cuda: its parameters take {size:.1f} MiB, and 3.0 of 80.0 MiB are free.*placement: shard"
+    )
+    with pytest.raises(ValueError, match=message):
+        Teacher(teacher_folder, device="cuda")
+    waiting = Teacher(teacher_folder, device="cuda", placement="shard")
+    assert {p.device.type for p in waiting.body.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("length", [LENGTH, LENGTH + 5, 3 * LENGTH])
