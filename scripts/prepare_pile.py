@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 OURS = """
 import json, sys, time
 from streaming import MDSWriter
+from transformers import AutoTokenizer
 from let_composer.pile import Plan, convert
 source, tokenizer, length, out = sys.argv[1:]
 started = time.monotonic()
