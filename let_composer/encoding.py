@@ -55,6 +55,7 @@ OTHER = (
     rf"(?:(?=[{SPACES}])|(?<![^{SPACES}]))(?=[{SPACES}]*[{MARK}A-Za-z0-9]*[^\x00-\x7f])"
     rf"[{SPACES}]*[^{SPACES}]*"
 )
+REACH_OF_NFC = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+")
 
 
 class Encoder:
@@ -104,9 +105,11 @@ class Encoder:
         return [b"".join(map(self.ids.__getitem__, part)) for part in pieces]
 
     def _normalized(self, text: str) -> str:
-        # The only normalizer whose tokenizers get here leaves ASCII as it is.
         normalizer = None if text.isascii() else self.tokenizer.normalizer
-        return normalizer.normalize_str(text) if normalizer else text
+        if normalizer is None:
+            return text
+        # All at once would take 20 times the text's memory. NFC leaves ASCII as it is, but for the base of an accent.
+        return REACH_OF_NFC.sub(lambda found: normalizer.normalize_str(found[0]), text)
 
     def _pieces(self, text: str) -> list[str]:
         text = self._normalized(text)
