@@ -215,13 +215,16 @@ def list_sources(inputs: Sequence[str]) -> list[Source]:
 
     sources = []
     for name in inputs:
-        if name.startswith("hf:"):
+        if name.startswith("hf:") and not name.startswith("hf://"):
             sources.append(Source(name, "hf", None))
             continue
         try:
             fs, root = fsspec.core.url_to_fs(name)
         except ImportError as error:
-            raise PileError(f"Reading {name} needs another package: {error}") from error
+            raise PileError(
+                f"Reading {name} needs a package that is not installed: {error}. (s3:// takes pip install s3fs, gs:// "
+                "pip install gcsfs.)"
+            ) from error
         except ValueError as error:
             raise PileError(f"Expected a file, folder, URL or hf:NAME, got {name!r}: {error}") from error
         if fs.isdir(root):
@@ -1089,13 +1092,18 @@ def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, flo
     if missing := sorted(set(counts) - set(proportions)):
         raise PileError(f"No proportion for {', '.join(missing)}. Expected one for each of {', '.join(counts)}.")
     total = sum(proportions[name] for name in counts)
-    lines = ["# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split.", "streams:"]
+    lines = ["# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split."]
+    if "://" in out:
+        lines += [
+            "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it."
+        ]
+    lines += ["streams:"]
     for name in counts:
         folder = manifest["streams"][name]["folder"]
         where = "/".join(part for part in (out.rstrip("/"), folder) if part)
         lines += [f"  {folder or 'all'}:  # {counts[name]:,} tokens"]
         if "://" in out:
-            lines += [f"    remote: {where}", f"    local: /tmp/mds-cache/{folder or 'all'}"]
+            lines += [f"    remote: {where}", f"    local: ${{variables.cache}}/{folder or 'all'}"]
         else:
             lines += [f"    local: {where}"]
         lines += ["    split: train", f"    proportion: {proportions[name] / total:.6g}"]

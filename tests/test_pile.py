@@ -233,6 +233,9 @@ def test_streams_block_is_what_streaming_samples(tmp_path: Path, tokenizer: str)
     data = StreamingDataset(streams=[Stream(**s) for s in own["streams"].values()], batch_size=1, epoch_size=400)
     per_stream = dict(zip(own["streams"], (s.choose for s in data.streams), strict=True))
     assert per_stream == {"arxiv": 300, "pile-cc": 100}
+    remote: Any = OmegaConf.create(f"variables: {{cache: /disk}}\n{streams_block(manifest, 's3://bucket/pile')}")
+    assert remote["streams"]["arxiv"]["local"] == "/disk/arxiv"
+    assert remote["streams"]["arxiv"]["remote"] == "s3://bucket/pile/arxiv"
     with pytest.raises(PileError, match="No proportion for ArXiv"):
         streams_block(manifest, "out", {"Pile-CC": 1})
     assert sum(pile.PILE_WEIGHTS.values()) == pytest.approx(100)
@@ -420,6 +423,12 @@ def test_damaged_file(tmp_path: Path, tokenizer: str, suffix: str, damage: str) 
     assert problem["kind"] == f"{damage} file"
     assert counts["documents"] == problem["line"] - 1 - broken + len(english(60_000))
     assert suffix == "gz" or damage == "corrupt" or problem["line"] > 100
+
+
+def test_a_store_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(PileError, match=r"Reading s3://bucket/a\.jsonl needs a package .* pip install s3fs"):
+        pile.list_sources(["s3://bucket/a.jsonl"])
 
 
 def test_errors_before_any_work(tmp_path: Path, tokenizer: str) -> None:
