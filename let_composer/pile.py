@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import gzip
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -47,8 +46,8 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 UNLABELLED = "unlabelled"
 # Raise it when the bytes written for the same input change.
-FORMAT = 1
-# Longer documents are tokenized in stretches of this many characters: an encoding takes some 100 bytes a token.
+FORMAT = 2
+# Characters that are tokenized, or hashed, at a time.
 STRETCH = 1 << 20
 PROBLEMS_KEPT = 100
 HASH = "xxh128"
@@ -216,13 +215,16 @@ def list_sources(inputs: Sequence[str]) -> list[Source]:
 
     sources = []
     for name in inputs:
-        if name.startswith("hf:"):
+        if name.startswith("hf:") and not name.startswith("hf://"):
             sources.append(Source(name, "hf", None))
             continue
         try:
             fs, root = fsspec.core.url_to_fs(name)
         except ImportError as error:
-            raise PileError(f"Reading {name} needs another package: {error}") from error
+            raise PileError(
+                f"Reading {name} needs a package that is not installed: {error}. (s3:// takes pip install s3fs, gs:// "
+                "pip install gcsfs.)"
+            ) from error
         except ValueError as error:
             raise PileError(f"Expected a file, folder, URL or hf:NAME, got {name!r}: {error}") from error
         if fs.isdir(root):
@@ -500,14 +502,9 @@ def _start_worker(job: Job) -> None:
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
+    from let_composer.encoding import Encoder
 
-    _job = job
-    _encoder = Tokenizer.from_str(job.tokenizer)
-    _encoder.no_truncation()
-    _encoder.no_padding()
-    # A document that contains "<|endoftext|>" must not be able to end itself.
-    _encoder.encode_special_tokens = True
+    _job, _encoder = job, Encoder(job.tokenizer, np.dtype(job.dtype).char)
 
 
 def _documents(piece: Piece, problem: Any) -> Iterator[tuple[str, str, float, int]]:
@@ -549,22 +546,6 @@ def _documents(piece: Piece, problem: Any) -> Iterator[tuple[str, str, float, in
             problem(number, "invalid UTF-8", str(error))
 
 
-def _stretches(text: str) -> Iterator[str]:
-    """Cut a long text before a space between two words: byte-level BPE never joins tokens across it."""
-    start = 0
-    while len(text) - start > STRETCH:
-        end = start + STRETCH
-        low = end - STRETCH // 4
-        cut = text.rfind(" ", low, end)
-        while cut > low and not (text[cut - 1].isalnum() and text[cut + 1 : cut + 2].isalpha()):
-            cut = text.rfind(" ", low, cut)
-        if cut <= low:
-            cut = end
-        yield text[start:cut]
-        start = cut
-    yield text[start:] if start else text
-
-
 def _digest(text: str) -> tuple[float, int]:
     """Where the text falls in [0, 1), and its length in bytes; raises UnicodeEncodeError for lone surrogates."""
     digest, size = hashlib.blake2b(digest_size=8), 0
@@ -587,35 +568,30 @@ def _tokenize(piece: Piece) -> dict[str, Any]:
         if len(problems) < PROBLEMS_KEPT:
             problems.append({"path": piece.path, "line": line, "kind": kind, "message": message[:200]})
 
-    arrays: dict[tuple[str, str], list[Any]] = {}
+    found: dict[tuple[str, str], list[bytes]] = {}
     documents: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
-    waiting: list[tuple[tuple[str, str], str, bool]] = []
+    keys: list[tuple[str, str]] = []
+    texts: list[str] = []
     length = 0
-    end = np.array([_job.eos], _job.dtype)
+    end = np.array([_job.eos], _job.dtype).tobytes()
 
     def encode() -> None:
-        encoded = _encoder.encode_batch_fast([text for _, text, _ in waiting], add_special_tokens=False)
-        for (key, _, last), encoding in zip(waiting, encoded, strict=True):
-            tokens = arrays.setdefault(key, [])
-            tokens.append(np.array(encoding.ids, _job.dtype))
-            if last:
-                tokens.append(end)
-        waiting.clear()
+        for key, tokens in zip(keys, _encoder(texts), strict=True):
+            found.setdefault(key, []).extend((tokens, end))
+        keys.clear()
+        texts.clear()
 
     for text, subset, where, size in _documents(piece, problem):
         key = (subset, SPLITS[where < _job.validation])
         documents[key] += 1
         sizes[key] += size
-        stretches = _stretches(text)
-        current = next(stretches)
-        for following in itertools.chain(stretches, [None]):
-            waiting.append((key, current, following is None))
-            length += len(current)
-            if length >= STRETCH:
-                encode()
-                length = 0
-            current = following or ""
+        keys.append(key)
+        texts.append(text)
+        length += len(text)
+        if length >= STRETCH:
+            encode()
+            length = 0
     encode()
 
     streams = {}
@@ -623,10 +599,9 @@ def _tokenize(piece: Piece) -> dict[str, Any]:
     partial = _job.folder / f"{piece.name}.bin.{os.getpid()}"
     offset = 0
     with partial.open("wb") as file:
-        for key in sorted(arrays):
-            count = sum(map(len, arrays[key]))
-            for tokens in arrays[key]:
-                file.write(tokens.data)
+        for key in sorted(found):
+            count = sum(map(len, found[key])) // len(end)
+            file.writelines(found[key])
             streams["/".join(key)] = {
                 "offset": offset,
                 "tokens": count,
@@ -901,7 +876,7 @@ def _pool(workers: int | None, job: Job, large: bool) -> Iterator[Any]:
     workers = workers or len(os.sched_getaffinity(0))
     # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["let_composer.pile", "tokenizers"] + ["streaming"] * large)
+    context.set_forkserver_preload(["let_composer.pile", "let_composer.encoding"] + ["streaming"] * large)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
     try:
         yield pool
@@ -1117,13 +1092,18 @@ def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, flo
     if missing := sorted(set(counts) - set(proportions)):
         raise PileError(f"No proportion for {', '.join(missing)}. Expected one for each of {', '.join(counts)}.")
     total = sum(proportions[name] for name in counts)
-    lines = ["# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split.", "streams:"]
+    lines = ["# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split."]
+    if "://" in out:
+        lines += [
+            "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it."
+        ]
+    lines += ["streams:"]
     for name in counts:
         folder = manifest["streams"][name]["folder"]
         where = "/".join(part for part in (out.rstrip("/"), folder) if part)
         lines += [f"  {folder or 'all'}:  # {counts[name]:,} tokens"]
         if "://" in out:
-            lines += [f"    remote: {where}", f"    local: /tmp/mds-cache/{folder or 'all'}"]
+            lines += [f"    remote: {where}", f"    local: ${{variables.cache}}/{folder or 'all'}"]
         else:
             lines += [f"    local: {where}"]
         lines += ["    split: train", f"    proportion: {proportions[name] / total:.6g}"]

