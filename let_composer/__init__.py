@@ -1,7 +1,7 @@
 """Late-to-Early Training (LET, arXiv 2602.05393) as a Composer algorithm.
 
-``LET`` is loaded on first use, so that ``from let_composer import alignment_loss`` needs neither Composer, Triton nor a
-GPU.
+``LET`` and what it is compared with, ``RKD`` and ``SALT``, are loaded on first use, so that ``from let_composer import
+alignment_loss`` needs neither Composer, Triton nor a GPU.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from let_composer.loss import alignment_loss
 
 if TYPE_CHECKING:
     from let_composer.algorithm import LET
+    from let_composer.distillation import RKD, SALT
 
-__all__ = ["LET", "alignment_loss"]
+__all__ = ["LET", "RKD", "SALT", "alignment_loss"]
 __version__ = "0.1.0"
 
 
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from let_composer.algorithm import LET
 
         return LET
+    if name in ("RKD", "SALT"):
+        from let_composer import distillation
+
+        return getattr(distillation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,7 +22,7 @@ from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, matmul_parameters, resolve_layer
 from let_composer.teacher import Placement, Teacher, check_vocabulary, read_vocabulary
 
-__all__ = ["LET"]
+__all__ = ["LET", "loss_generating", "plus", "total"]
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ class LET(Algorithm):
         ValueError: For a value out of range; at ``AFTER_LOAD`` or ``FIT_START`` for one that does not fit the run.
     """
 
+    _prefix = "let"  # of metrics and hyperparameters
+
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
@@ -116,7 +118,7 @@ class LET(Algorithm):
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise TypeError(_unknown_keys(unknown))
+            raise TypeError(_unknown_keys(type(self), unknown))
         _require_type("teacher", teacher, str, "a hub id or a path")
         _require_type("student_layer", student_layer, (int, str), "a number of blocks or a dotted path")
         _require_type("teacher_layer", teacher_layer, int, "a number of blocks")
@@ -194,9 +196,9 @@ class LET(Algorithm):
             self._weight = self._weight_at(state)
             logger.log_metrics(
                 {
-                    "let/weight": self._weight,
-                    "let/active": 1.0,
-                    "let/teacher_flops_share": self._teacher_flops_share(),
+                    f"{self._prefix}/weight": self._weight,
+                    f"{self._prefix}/active": 1.0,
+                    f"{self._prefix}/teacher_flops_share": self._teacher_flops_share(),
                     **self._throughput(state),
                 }
             )
@@ -246,7 +248,7 @@ class LET(Algorithm):
     def _set_up(self, state: State, logger: Logger) -> None:
         self._resolve_end(state, required=False)
         if self._end is not None and self._weight_at(state) == 0:
-            log.info("LET ended at %s: the teacher is not loaded.", self._end.to_timestring())
+            log.info("%s ended at %s: the teacher is not loaded.", type(self).__name__, self._end.to_timestring())
             self._events = _OFF
             return
         dataset = getattr(state.train_dataloader, "dataset", None)  # llm-foundry's text loader has these attributes
@@ -261,13 +263,7 @@ class LET(Algorithm):
         alignment_loss(example, example, implementation=self.implementation)  # says now if it cannot run here
         with dist.run_local_rank_zero_first():
             vocabulary = read_vocabulary(self.teacher_name, self.trust_remote_code)
-            self._teacher = Teacher(
-                self.teacher_name,
-                layer=self.teacher_layer,
-                device=device,
-                placement=self.placement,
-                trust_remote_code=self.trust_remote_code,
-            )
+            self._teacher = self._load_teacher(device)
         check_vocabulary(_vocabulary(state), vocabulary, self._teacher.rows, self.teacher_name)
         if dist.get_world_size() > 1:
             _check_same(self.teacher_name, dist.all_gather_object(self._teacher.fingerprint()))
@@ -278,22 +274,26 @@ class LET(Algorithm):
         self._events = _GUIDED
         logger.log_hyperparameters(
             {
-                "let/teacher": self.teacher_name,
-                "let/teacher_parameters": self._teacher.parameters,
-                "let/student_module": path,
-                "let/stop": self.stop if self._end is None else self._end.to_timestring(),
+                f"{self._prefix}/teacher": self.teacher_name,
+                f"{self._prefix}/teacher_parameters": self._teacher.parameters,
+                f"{self._prefix}/student_module": path,
+                f"{self._prefix}/stop": self.stop if self._end is None else self._end.to_timestring(),
             }
         )
         log.info(
-            "LET: %s of the student follows layer %d of %s (%.1fM parameters without embeddings and head), weight %g, "
-            "%s until %s.",
+            "%r: %s of the student, teacher of %.1fM parameters without embeddings and head.",
+            self,
             path,
-            self.teacher_layer,
-            self.teacher_name,
             self._teacher.parameters / 1e6,
-            self.weight,
-            self.anneal,
-            self.stop,
+        )
+
+    def _load_teacher(self, device: torch.device) -> Teacher:
+        return Teacher(
+            self.teacher_name,
+            layer=self.teacher_layer,
+            device=device,
+            placement=self.placement,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def _check_parallelism(self, state: State) -> None:
@@ -346,7 +346,7 @@ class LET(Algorithm):
                 "up to it are frozen, or run inside re-entrant checkpointing of the model's own "
                 "(gradient_checkpointing_enable). Unfreeze them, or use Composer's activation checkpointing."
             )
-        mask = _loss_generating(state.batch)
+        mask = loss_generating(state.batch)
         self._tokens = mask.sum()
         # Outside autocast, as every algorithm: the teacher's weights have the type it is to compute in.
         ids = state.batch["input_ids"]
@@ -377,8 +377,8 @@ class LET(Algorithm):
 
     def _add_term(self, state: State) -> None:
         assert self._term is not None and self._tokens is not None
-        self._count("lm_loss", self._tokens * _total(state.loss).detach())
-        state.loss = _plus(state.loss, self._weight * self._term)
+        self._count("lm_loss", self._tokens * total(state.loss).detach())
+        state.loss = plus(state.loss, self._weight * self._term)
         self._term = self._tokens = None
 
     def _forget(self) -> None:
@@ -397,7 +397,8 @@ class LET(Algorithm):
         dist.all_reduce(flat)
         sizes = [value.numel() for value in self._sums.values()]
         self._sums = dict(zip(self._sums, flat.split(sizes), strict=True))
-        self._statistics.update(self._sums["features"])
+        if "features" in self._sums:
+            self._statistics.update(self._sums["features"])
 
     def _report(self, state: State, logger: Logger) -> None:
         # Composer has fetched this batch's loss by now, so reading these does not make the device wait. The timestamp
@@ -409,10 +410,10 @@ class LET(Algorithm):
         ).tolist()
         logger.log_metrics(
             {
-                "let/loss": loss,
-                "let/lm_loss": lm_loss,
-                "let/cosine": -loss,
-                "let/constant_cosine": constant_cosine,
+                f"{self._prefix}/loss": loss,
+                f"{self._prefix}/lm_loss": lm_loss,
+                f"{self._prefix}/cosine": -loss,
+                f"{self._prefix}/constant_cosine": constant_cosine,
             },
             step=state.timestamp.batch.value - 1,
         )
@@ -429,9 +430,16 @@ class LET(Algorithm):
         if cuda:
             torch.cuda.empty_cache()
         returned = (before - (torch.cuda.memory_allocated(device) if cuda else 0)) / 2**20
-        logger.log_metrics({"let/weight": 0.0, "let/active": 0.0, "let/memory_returned_mib": returned})
+        logger.log_metrics(
+            {
+                f"{self._prefix}/weight": 0.0,
+                f"{self._prefix}/active": 0.0,
+                f"{self._prefix}/memory_returned_mib": returned,
+            }
+        )
         log.info(
-            "LET ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
+            "%s ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
+            type(self).__name__,
             state.timestamp.batch.value,
             returned,
         )
@@ -457,10 +465,12 @@ class LET(Algorithm):
         seconds = monitor.history_wct[-1] - monitor.history_wct[0]
         batches = len(monitor.history_wct) - 1
         student = sum(list(monitor.history_flops)[1:]) / dist.get_world_size()
-        metrics = {"let/throughput/device/flops_per_sec": (student + batches * self._teacher_flops) / seconds}
+        metrics = {
+            f"{self._prefix}/throughput/device/flops_per_sec": (student + batches * self._teacher_flops) / seconds
+        }
         if monitor.gpu_flops_available:
-            metrics["let/throughput/device/mfu"] = (
-                metrics["let/throughput/device/flops_per_sec"] / monitor.gpu_flops_available
+            metrics[f"{self._prefix}/throughput/device/mfu"] = (
+                metrics[f"{self._prefix}/throughput/device/flops_per_sec"] / monitor.gpu_flops_available
             )
         return metrics
 
@@ -482,7 +492,7 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}" + ", ..." * (len(numbers) > 8)
 
 
-def _loss_generating(batch: Mapping[str, Any]) -> Tensor:
+def loss_generating(batch: Mapping[str, Any]) -> Tensor:
     """The positions whose next token is predicted, ``[B, S]``: those that Composer counts and the student's loss
     averages over."""
     labels = batch.get("labels")
@@ -493,19 +503,19 @@ def _loss_generating(batch: Mapping[str, Any]) -> Tensor:
     return F.pad(labels[:, 1:] != _IGNORED, (0, 1), value=False)
 
 
-def _total(loss: Any) -> Tensor:
+def total(loss: Any) -> Tensor:
     """The scalar that Composer would train on."""
     if isinstance(loss, Mapping):
-        return loss["total"].mean() if "total" in loss else _total(tuple(loss.values()))
+        return loss["total"].mean() if "total" in loss else total(tuple(loss.values()))
     if isinstance(loss, (tuple, list)):
         return torch.stack([part.mean() for part in loss]).sum()
     return loss.mean()
 
 
-def _plus(loss: Any, term: Tensor) -> Any:
+def plus(loss: Any, term: Tensor) -> Any:
     """``loss + term`` in the type that came in: some callbacks read only tensors, mixtures of experts return dicts."""
     if isinstance(loss, Mapping):
-        return {**loss, "total": _total(loss) + term}
+        return {**loss, "total": total(loss) + term}
     if isinstance(loss, (tuple, list)):
         return type(loss)([loss[0] + term, *loss[1:]])
     return loss + term
@@ -532,10 +542,10 @@ def _require_type(name: str, value: Any, types: type | tuple[type, ...], expecte
         raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__}).")
 
 
-def _unknown_keys(unknown: Mapping[str, Any]) -> str:
-    known = [name for name in inspect.signature(LET).parameters if name != "unknown"]
+def _unknown_keys(algorithm: type[LET], unknown: Mapping[str, Any]) -> str:
+    known = [name for name in inspect.signature(algorithm).parameters if name != "unknown"]
     messages = []
     for name in unknown:
         nearest = difflib.get_close_matches(name, known, n=1)
         messages.append(f"{name!r}" + (f" (did you mean {nearest[0]!r}?)" if nearest else ""))
-    return f"LET has no option {', '.join(messages)}. Its options are {', '.join(known)}."
+    return f"{algorithm.__name__} has no option {', '.join(messages)}. Its options are {', '.join(known)}."

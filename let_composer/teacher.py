@@ -35,6 +35,7 @@ class Teacher:
         device: Where it runs; in bf16 on CUDA, in fp32 elsewhere.
         placement: ``"replicate"`` puts all of it on the device. ``"shard"`` leaves it in the host's memory until
             :meth:`shard`, so that the device never holds the whole.
+        head: Whether to keep the LM head, for :meth:`logits`.
         trust_remote_code: Whether code that comes with the weights may run.
 
     Raises:
@@ -49,12 +50,14 @@ class Teacher:
         layer: int = -1,
         device: torch.device | str = "cpu",
         placement: Placement = "replicate",
+        head: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.name = name
         self._device = torch.device(device)
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        body = _load_body(name, dtype, trust_remote_code).eval().requires_grad_(False)
+        body, self._head = _load(name, dtype, trust_remote_code, head)
+        body.eval().requires_grad_(False)
         self.context = _context_length(body.config)
         self.rows, width = body.get_input_embeddings().weight.shape
         self._capture = _cut(name, body, layer)
@@ -65,6 +68,8 @@ class Teacher:
         if placement == "replicate":
             with self._explain_lack_of_memory("Share it out with placement: shard, or choose a smaller teacher."):
                 self.body.to(self._device)
+                if self._head is not None:
+                    self._head = self._head.to(self._device)
             self._check_causal()
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -87,6 +92,12 @@ class Teacher:
             attention_mask = nn.functional.pad(attention_mask, (0, padded - length)).view(-1, window)
         return self._run(ids, attention_mask).view(batch, padded, -1)[:, :length]
 
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Next-token logits ``[B, S, V]``, where the head was kept; arguments as for :meth:`hidden`."""
+        assert self._head is not None, "built without head=True"
+        return nn.functional.linear(self.hidden(input_ids, attention_mask), self._head)
+
     def flops(self, tokens: int, length: int) -> float:
         """FLOPs of a forward, counted as llm-foundry counts the student's for its MFU: matrices and full attention.
 
@@ -94,7 +105,8 @@ class Teacher:
             tokens: Number of token ids, padding included.
             length: Length of the sequences that they are in.
         """
-        return tokens * (2.0 * self.parameters + self._attention * min(length, self.context or length))
+        head = 0 if self._head is None else self._head.numel()
+        return tokens * (2.0 * (self.parameters + head) + self._attention * min(length, self.context or length))
 
     def fingerprint(self) -> str:
         """A short hash over the names, shapes and bits of all parameters; to be taken before :meth:`shard`."""
@@ -246,7 +258,8 @@ def check_vocabulary(student: Mapping[int, str], teacher: Mapping[int, str] | No
         log.warning("teacher %r never saw %d of the student's tokens: %s.", name, len(unknown), examples)
 
 
-def _load_body(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load(name: str, dtype: torch.dtype, trust_remote_code: bool, head: bool) -> tuple[Any, Tensor | None]:
+    """The body, and the weight of the LM head if that is wanted."""
     path, options = _source(name, trust_remote_code)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
@@ -256,13 +269,13 @@ def _load_body(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             raise ValueError(
                 f"teacher {name!r} is an encoder-decoder ({config.model_type}). Choose a causal language model."
             )
-        if config.model_type == "mpt" and hasattr(config, "ffn_config"):
+        from_foundry = config.model_type == "mpt" and hasattr(config, "ffn_config")
+        if from_foundry:
             model, loaded = _load_foundry_mpt(path, config, dtype)
-        elif "gguf_file" in options:  # transformers maps its names to those of the whole model only
+        elif head or "gguf_file" in options:  # of GGUF files transformers knows the names of the whole model only
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 path, torch_dtype=dtype, output_loading_info=True, **options
             )
-            model = model.base_model
         else:
             model, loaded = AutoModel.from_pretrained(path, torch_dtype=dtype, output_loading_info=True, **options)
     except OSError as error:
@@ -274,7 +287,17 @@ def _load_body(name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
             f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
         )
-    return model
+    body = model.transformer if from_foundry else model.base_model
+    if not head:
+        return body, None
+    output = model.get_output_embeddings()
+    altered = [key for key in ("logit_scale", "final_logit_softcapping") if getattr(config, key, None)]
+    if altered or getattr(output, "bias", None) is not None:
+        raise ValueError(
+            f"teacher {name!r} does more to its logits than one matrix ({', '.join(altered) or 'a bias'}), which "
+            "distillation does not support. Choose another teacher."
+        )
+    return body, output.weight.detach()
 
 
 def _source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
@@ -316,8 +339,7 @@ def _load_foundry_mpt(path: str, config: Any, dtype: torch.dtype) -> tuple[Any, 
     if not (dtype == torch.bfloat16 and is_flash_v2_installed()):
         config.attn_config["attn_impl"] = "torch"
     loading: Any = MPTForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype, output_loading_info=True)
-    model, loaded = loading
-    return model.transformer, loaded
+    return loading
 
 
 def _cut(name: str, body: Any, layer: int) -> Capture | None:

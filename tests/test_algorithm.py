@@ -17,7 +17,7 @@ from llmfoundry.models.hf import ComposerHFCausalLM
 from transformers import LlamaForCausalLM
 
 from let_composer import LET, alignment_loss
-from let_composer.algorithm import _GUIDED, _plus, _total
+from let_composer.algorithm import _GUIDED, plus, total
 from let_composer.teacher import Teacher
 
 
@@ -338,10 +338,10 @@ class TestCompany:
         ],
     )
     def test_the_loss_keeps_its_type(self, loss):
-        result = _plus(loss, torch.tensor(0.5))
+        result = plus(loss, torch.tensor(0.5))
         assert type(result) is type(loss)
-        assert float(_total(loss)) == pytest.approx(2.0)
-        assert float(_total(result)) == pytest.approx(2.5)
+        assert float(total(loss)) == pytest.approx(2.0)
+        assert float(total(result)) == pytest.approx(2.5)
         if isinstance(loss, dict):
             assert {**loss, "total": result["total"]} == result
 

@@ -1,0 +1,110 @@
+"""The baselines: the loss against its formula in fp64, and what differs from LET in a run."""
+
+import pytest
+import torch
+import train as script  # scripts/train.py
+from conftest import build_student, metrics, parameters
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from let_composer import LET, RKD, SALT
+from let_composer.distillation import distillation_loss
+from let_composer.teacher import Teacher
+
+
+def test_the_loss_by_its_formula():
+    torch.manual_seed(0)
+    student = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 5, 9, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
+    p = (teacher[..., :7] / 2).softmax(-1)
+    expected = 4 * (p * (p.log() - (student / 2).log_softmax(-1))).sum(-1)[mask].mean()
+    assert float(distillation_loss(student, teacher, mask, 2.0).detach()) == pytest.approx(float(expected), rel=1e-5)
+    (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, mask, 2.0), student)
+    (wanted,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_teacher_like_the_student_and_no_tokens_cost_nothing():
+    logits = torch.randn(1, 4, 6, requires_grad=True)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert float(distillation_loss(logits, logits.detach(), mask).detach()) == pytest.approx(0, abs=1e-6)
+    loss = distillation_loss(logits, logits.detach() + torch.randn(6), ~mask)
+    loss.backward()
+    assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_the_teachers_logits_are_those_of_the_whole_model(teacher_folder):
+    ids = torch.randint(60, (2, 12))
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    with torch.no_grad():
+        torch.testing.assert_close(Teacher(teacher_folder, head=True).logits(ids), model(ids).logits)
+
+
+def test_weight_one_trains_on_the_teacher_alone(train, teacher_folder, tokenizer):
+    """One step of SGD against the same step by hand."""
+    found = train(RKD(teacher_folder, weight=1.0, temperature=2.0), max_duration="1ba")
+    data = next(iter(found.state.train_dataloader))
+    student = build_student(tokenizer)
+    teacher = Teacher(teacher_folder, head=True).logits(data["input_ids"])
+    mask = nn.functional.pad(data["labels"][:, 1:] != -100, (0, 1), value=False)
+    distillation_loss(student(data)["logits"], teacher, mask, 2.0).backward()
+    for name, p in student.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(parameters(found)[name], p.detach() - 0.1 * p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mixture_is_what_is_trained_on_and_logged(train, teacher_folder):
+    found = train(RKD(teacher_folder, weight=0.25), max_duration="3ba")
+    mixed = [
+        0.75 * lm + 0.25 * kd for lm, kd in zip(metrics(found, "kd/lm_loss"), metrics(found, "kd/loss"), strict=True)
+    ]
+    assert [float(x) for x in metrics(found, "loss/train/total")] == pytest.approx(mixed, rel=1e-5)
+    assert metrics(found, "kd/weight") == [0.25] * 3 + [0.0]
+
+
+def test_microbatches_and_unequal_ones(train, teacher_folder):
+    whole, parts = (
+        train(RKD(teacher_folder), max_duration="2ba", device_train_microbatch_size=size) for size in (8, 3)
+    )
+    for name, value in parameters(whole).items():
+        torch.testing.assert_close(parameters(parts)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_salt_ends_and_lets_go_of_its_teacher(train, teacher_folder):
+    found = train(algorithm := SALT(teacher_folder, weight=0.8, stop="0.5dur"), max_duration="4ba")
+    assert metrics(found, "kd/weight") == pytest.approx([0.8, 0.4, 0.0])
+    assert algorithm._teacher is None and len(metrics(found, "kd/loss")) == 2
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(train, teacher_folder, tmp_path):
+    def run(**options):
+        return train(SALT(teacher_folder, stop="3ba"), save_interval="2ba", max_duration="4ba", **options)
+
+    whole = run(save_folder=str(tmp_path))
+    resumed = run(load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
+    for name, value in parameters(whole).items():
+        assert torch.equal(parameters(resumed)[name], value)
+
+
+def test_weight_zero_is_bit_identical_to_no_algorithm(train, teacher_folder):
+    for name, value in parameters(train()).items():
+        assert torch.equal(parameters(train(SALT(teacher_folder, weight=0.0)))[name], value)
+
+
+def test_llm_foundry_finds_them():
+    script.check_names(["let", "rkd", "salt"])
+    assert issubclass(SALT, LET)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight": 1.5}, ValueError, "share of the distillation term, from 0 to 1, got 1.5"),
+        ({"temperature": 0}, ValueError, "temperature must be finite and greater than 0, got 0"),
+        ({"resize": "student"}, TypeError, "unexpected keyword argument 'resize'"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        SALT(**options)
