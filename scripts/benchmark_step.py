@@ -5,7 +5,7 @@
         model.d_model=256 model.n_heads=4 model.n_layers=6 max_seq_len=256 global_train_batch_size=4 \
         device_train_microbatch_size=4
 
-Each round trains without LET, then with it, then with it after its stop, a few steps each, through Composer's Trainer.
+Each round trains without LET, and with it until and after its stop, a few steps each, through Composer's Trainer.
 Student and teacher have the shapes that the YAML names and random weights, the tokens are random: cost does not depend
 on them. The optimizer is plain SGD: in a real run a step of it is small against many microbatches, and a 7B model fits
 one card. Prints step time, tokens/s, peak memory and utilisation next to what plan.py expects, and writes OUT.json.
@@ -111,8 +111,9 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> dic
         AutoModel.from_config(source, torch_dtype=dtype).save_pretrained(folder)
         # Constant, so that every guided step does the same work.
         guidance = {**let, "teacher": folder, "stop": f"{steps}ba", "anneal": "constant", "weight": 1.0}
-        for _ in range(rounds):
-            for algorithms, kinds in (([], ("plain",)), ([LET(**guidance)], ("guided", "after stop"))):
+        for number in range(rounds):
+            turns: list[tuple[list[LET], tuple[str, ...]]] = [([], KINDS[:1]), ([LET(**guidance)], KINDS[1:])]
+            for algorithms, kinds in turns[:: -1 if number % 2 else 1]:  # so that being first favours nobody
                 clock = _Clock()
                 trainer = Trainer(
                     model=model,
