@@ -45,10 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp2_compiled": {"fsdp2": {}, **COMPILED},
 }
 
+FSDP1_SHARDED = {"fsdp1": {"state_dict_type": "sharded"}}
 # Of runs of eight batches, guided for five of them: what goes on from which checkpoint on two ranks.
 RESUMED: dict[str, dict[str, Any]] = {
     "sharded": {"fsdp": "sharded", "load": "sharded/ep0-ba3"},
     "sharded_from_one_rank": {"fsdp": "sharded", "load": "one_sharded/ep0-ba3"},
+    "sharded_from_fsdp1": {"fsdp": "sharded", "load": "fsdp1/ep0-ba3"},
+    "fsdp1": {**FSDP1_SHARDED, "load": "fsdp1/ep0-ba3"},
     "ddp_from_full": {"load": "full/ep0-ba3-rank0.pt"},
     "ddp_from_one_rank": {"load": "one/ep0-ba3-rank0.pt"},
     "full_from_one_rank": {"fsdp": "full", "load": "one/ep0-ba3-rank0.pt"},
@@ -232,6 +235,7 @@ def main(teacher: str, folder: str, who: str = "one") -> None:
         results["saved"] = {
             kind: resumable(tokenizer, teacher, out, fsdp=kind, save=kind) for kind in ("sharded", "full")
         }
+        results["saved"]["fsdp1"] = resumable(tokenizer, teacher, out, save="fsdp1", **FSDP1_SHARDED)
         resumable(tokenizer, None, out, fsdp="sharded", save="plain", max_duration="3ba")
         results["resumed"] = {name: resumable(tokenizer, teacher, out, **options) for name, options in RESUMED.items()}
         results["resumed"]["added"] = resumable(tokenizer, teacher, out, fsdp="sharded", load="plain/ep0-ba3")

@@ -136,7 +136,7 @@ class TestResume:
             assert len(whole[name]) == (5 if guided else 8)
             assert found.get(name, []) == pytest.approx(whole[name][batch:], rel=1e-4), name
 
-    @pytest.mark.parametrize("kind", ["sharded", "full"])
+    @pytest.mark.parametrize("kind", ["sharded", "full", "fsdp1"])
     def test_uninterrupted_on_two_ranks(self, results, uninterrupted, kind):
         self.assert_goes_on(results[0]["saved"][kind], uninterrupted, 0)
 
