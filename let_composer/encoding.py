@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 STRETCH = 1 << 20
 # Bytes, roughly, that the remembered pieces may take before they are forgotten.
 REMEMBERED = 128 << 20
+CHECKED = 1 << 14
 WINDOW = 256
 TRIES = 16
 
@@ -102,7 +103,20 @@ class Encoder:
             return [b"".join(self._long(text)) for text in texts]
         pieces = [self._pieces(text) for text in texts]
         self._learn(set().union(*pieces))
-        return [b"".join(map(self.ids.__getitem__, part)) for part in pieces]
+        found = [b"".join(map(self.ids.__getitem__, part)) for part in pieces]
+        self._check(texts, found)
+        return found
+
+    def _check(self, texts: list[str], found: list[bytes]) -> None:
+        """Compare one of the texts with what the tokenizer itself makes of it."""
+        for text, ids in zip(texts, found, strict=True):
+            if 0 < len(text) < CHECKED:
+                if [ids] != self._encode([text]):
+                    raise RuntimeError(
+                        "the ids put together from pieces are not the tokenizer's own, for a text that starts with "
+                        f"{text[:80]!r}. This is a bug in let_composer.encoding: please report it with the tokenizer."
+                    )
+                return
 
     def _normalized(self, text: str) -> str:
         normalizer = None if text.isascii() else self.tokenizer.normalizer

@@ -172,3 +172,10 @@ def test_memory_for_one_large_document(tmp_path: Path, name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 6
+
+
+def test_a_cut_in_the_wrong_place_is_noticed() -> None:
+    encoder = Encoder(make("gpt2").to_str(), "H")
+    encoder.patterns = {True: encoding.re.compile(r"."), False: encoding.re.compile(r".")}
+    with pytest.raises(RuntimeError, match="not the tokenizer's own, for a text that starts with 'the the the"):
+        encoder(["the the the the"])
