@@ -33,4 +33,4 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="has no attribute 'LETT'"):
         let_composer.LETT  # noqa: B018
-    assert set(let_composer.__all__) == {"LET", "alignment_loss"}
+    assert set(let_composer.__all__) == {"LET", "RKD", "SALT", "alignment_loss"}
