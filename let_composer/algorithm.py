@@ -303,11 +303,6 @@ class LET(Algorithm):
                 "which cannot be compared with the teacher's. Leave out parallelism_config['tp'] (tp_config in "
                 "llm-foundry); FSDP shards the student as well."
             )
-        if empty := next((name for name, p in state.model.named_parameters() if p.is_meta), None):
-            raise ValueError(
-                f"expected the student's weights in memory, but {empty} is on the meta device, and without FSDP nobody "
-                "fills it. Set init_device: cpu, or shard the student with parallelism_config['fsdp'] (fsdp_config)."
-            )
         if self.placement != "shard":
             return
         if dist.get_world_size() == 1:

@@ -572,7 +572,7 @@ class TestBadInput:
 
     def test_a_student_on_the_meta_device_without_fsdp(self, train, tokenizer, teacher_folder):
         model = build_student(tokenizer).to("meta")
-        with pytest.raises(ValueError, match="model.transformer.wte.weight is on the meta device.*init_device: cpu"):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # by Composer, before LET
             train(LET(teacher_folder), model=model, fit=False)
 
     def test_an_epoch_without_a_length(self, train, tokenizer, teacher_folder):
