@@ -570,6 +570,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match="2 of 64 token ids differ .3 is 'w3' here and 'w4' there"):
             train(LET(str(tmp_path)), fit=False)
 
+    def test_a_student_on_the_meta_device_without_fsdp(self, train, tokenizer, teacher_folder):
+        model = build_student(tokenizer).to("meta")
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # by Composer, before LET
+            train(LET(teacher_folder), model=model, fit=False)
+
     def test_an_epoch_without_a_length(self, train, tokenizer, teacher_folder):
         class Endless(torch.utils.data.IterableDataset):
             def __iter__(self):
