@@ -49,14 +49,14 @@ ASCII = {
         for digits in ("{1,3}", "")
     },
 }
-# Which characters beyond ASCII are letters depends on the version of Unicode. Which are spaces is settled (those that
-# once were are among them), so a run between spaces that holds others is kept whole, with the spaces before it.
-SPACES = SPACE + r"\x85\xa0\u1680\u180e\u2000-\u200b\u2028\u2029\u202f\u205f\u3000"
+# Which characters beyond ASCII are letters depends on the version of Unicode, which are spaces has not since 2013. So a
+# run between spaces that holds any is kept whole, with the spaces before it. Unicode's normal form C reaches across no
+# cut either: it leaves ASCII as it is, but for the base of an accent.
+SPACES = SPACE + r"\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 OTHER = (
     rf"(?:(?=[{SPACES}])|(?<![^{SPACES}]))(?=[{SPACES}]*[{MARK}A-Za-z0-9]*[^\x00-\x7f])"
     rf"[{SPACES}]*[^{SPACES}]*"
 )
-REACH_OF_NFC = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+")
 
 
 class Encoder:
@@ -118,20 +118,11 @@ class Encoder:
                     )
                 return
 
-    def _normalized(self, text: str) -> str:
-        normalizer = None if text.isascii() else self.tokenizer.normalizer
-        if normalizer is None:
-            return text
-        # All at once would take 20 times the text's memory. NFC leaves ASCII as it is, but for the base of an accent.
-        return REACH_OF_NFC.sub(lambda found: normalizer.normalize_str(found[0]), text)
-
     def _pieces(self, text: str) -> list[str]:
-        text = self._normalized(text)
         parts = self.spaces.split(text) if self.spaces else (text,)
         return list(itertools.chain.from_iterable(map(self.patterns[text.isascii()].findall, parts)))
 
     def _long(self, text: str) -> Iterator[bytes]:
-        text = self._normalized(text)
         find = self.patterns[text.isascii()].finditer
 
         def pieces() -> Iterator[str]:

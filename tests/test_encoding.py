@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,11 @@ def make(name: str) -> Tokenizer:
     if name in ("neox", "qwen2"):
         tokenizer.normalizer = normalizers.NFC()
     # Merges within and across what is cut, so that a piece which is cut elsewhere gets other ids.
-    texts = [*english(60_000), *("".join(pair) for pair in zip(LETTERS * 41, LETTERS[1:] * 41, strict=False))] * 2
+    texts = [*english(60_000), *gibberish(4_000, 12, seed=7)]
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=1500,
+            vocab_size=3000,
             special_tokens=[EOS],
             initial_alphabet=ByteLevel.alphabet(),
             show_progress=False,
@@ -176,6 +177,17 @@ def test_memory_for_one_large_document(tmp_path: Path, name: str) -> None:
 
 def test_a_cut_in_the_wrong_place_is_noticed() -> None:
     encoder = Encoder(make("gpt2").to_str(), "H")
-    encoder.patterns = {True: encoding.re.compile(r"."), False: encoding.re.compile(r".")}
+    encoder.patterns = {True: re.compile(r"."), False: re.compile(r".")}
     with pytest.raises(RuntimeError, match="not the tokenizer's own, for a text that starts with 'the the the"):
         encoder(["the the the the"])
+
+
+def test_spaces_are_the_tokenizers() -> None:
+    """Every character of Unicode but the surrogates, in patterns and in the built-in one."""
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    ours = re.sub(f"[^{encoding.SPACES}]", "", every)
+    assert "".join(part for part, _ in Split(Regex(r"\S"), "removed").pre_tokenize_str(every)) == ours
+    for space in ours:
+        # The built-in pattern cuts "\t\tx" three times.
+        cuts = ByteLevel(add_prefix_space=False).pre_tokenize_str(f"a\t\t{space}")
+        assert len(cuts) == 2
