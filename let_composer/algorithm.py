@@ -1,4 +1,4 @@
-"""LET as a Composer algorithm. The only file that sees State, Event, Logger or a batch."""
+"""LET as a Composer algorithm. With distillation.py, which extends it, all that sees State, Event, Logger or a batch."""
 
 import difflib
 import gc
