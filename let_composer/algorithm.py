@@ -1,4 +1,4 @@
-"""LET as a Composer algorithm. With distillation.py, which extends it, all that sees State, Event, Logger or a batch."""
+"""LET as a Composer algorithm. Only this room, and distillation.py which extends it, see State, batches and events."""
 
 import difflib
 import gc
