@@ -1,0 +1,98 @@
+"""LET with a look at the gradients: is there a weight that needs no tuning, and when do the two losses disagree?
+
+An instrument for yamls/evidence.yaml, which loads it with ``code_paths: [scripts/gradient_probe.py]`` as the algorithm
+``let_probe``. Every ``every`` batches, at the guided block's output h, it takes the gradients of the language model's
+loss and of the alignment loss apart (two more partial backward passes) and logs, as ``let/``
+
+* ``gradient_ratio``, norm of weight * d(alignment)/dh over norm of d(language model)/dh,
+* ``gradient_cosine`` between them.
+
+With ``balance`` the weight is set so that this ratio, averaged over the last measurements, is ``balance`` times the
+annealing; with ``disagreement`` the guidance ends once the averaged cosine has fallen below that number. One process
+only.
+"""
+
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from llmfoundry import registry
+from torch import Tensor
+
+from let_composer.algorithm import LET, total
+
+__all__ = ["ProbedLET"]
+
+DECAY = 0.8  # of the running averages, per measurement
+
+
+class ProbedLET(LET):
+    """LET, measured.
+
+    Args:
+        every: Batches from one measurement to the next.
+        balance: Ratio of gradient norms that sets the weight, which is then 1 in the options. Default: ``None``.
+        disagreement: Mean gradient cosine that ends the guidance. Default: ``None``.
+        options: As for :class:`LET`.
+    """
+
+    def __init__(
+        self, every: int = 10, balance: float | None = None, disagreement: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.every, self.balance, self.disagreement = every, balance, disagreement
+        self._hidden: Tensor | None = None
+        self._norms: tuple[float, float] | None = None  # running means: language model's, alignment's (unweighted)
+        self._agreement: float | None = None
+        self._measured: dict[str, float] = {}
+
+    def _set_up(self, state: State, logger: Logger) -> None:
+        super()._set_up(state, logger)
+        if (capture := self._capture) is not None:
+            take = capture.take
+
+            def keep() -> Tensor:
+                self._hidden = take()
+                return self._hidden
+
+            capture.take = keep
+
+    def _weight_at(self, state: State) -> float:
+        annealed = super()._weight_at(state)
+        if self.disagreement is not None and self._agreement is not None and self._agreement < self.disagreement:
+            return 0.0
+        if self.balance is None or self._norms is None:
+            return annealed
+        language, alignment = self._norms
+        return annealed * self.balance * language / max(alignment, 1e-12)
+
+    def _add_term(self, state: State) -> None:
+        if state.timestamp.batch.value % self.every == 0:
+            assert self._hidden is not None and self._term is not None
+            language, alignment = (
+                torch.autograd.grad(loss, self._hidden, retain_graph=True)[0].double()
+                for loss in (total(state.loss), self._term)
+            )
+            norms = float(language.norm()), float(alignment.norm())
+            cosine = float((language * alignment).sum()) / max(norms[0] * norms[1], 1e-30)
+            self._measured = {
+                "let/gradient_ratio": self._weight * norms[1] / max(norms[0], 1e-30),
+                "let/gradient_cosine": cosine,
+            }
+            if self._norms is None or self._agreement is None:
+                self._norms, self._agreement = norms, cosine
+            else:
+                mix = [DECAY * old + (1 - DECAY) * new for old, new in zip(self._norms, norms, strict=True)]
+                self._norms = mix[0], mix[1]
+                self._agreement = DECAY * self._agreement + (1 - DECAY) * cosine
+        self._hidden = None
+        super()._add_term(state)
+
+    def _report(self, state: State, logger: Logger) -> None:
+        super()._report(state, logger)
+        logger.log_metrics(self._measured, step=state.timestamp.batch.value - 1)
+        self._measured = {}
+
+
+registry.algorithms.register("let_probe", func=ProbedLET)

@@ -1,0 +1,110 @@
+"""The experiment's runner: what would run, in which order, what is reused; the probe against plain LET."""
+
+from pathlib import Path
+
+import gradient_probe
+import pytest
+import sweep  # scripts/sweep.py
+from conftest import metrics, parameters
+from omegaconf import OmegaConf as om
+
+from let_composer import LET
+
+ROOT = Path(__file__).parent.parent
+BASE = {
+    "variables": {"runs": "elsewhere"},
+    "run_name": "base",
+    "seed": 1,
+    "train_loader": {"dataset": {"shuffle_seed": 1}},
+    "optimizer": {"lr": 1.0},
+}
+EXPERIMENT = {
+    "base": "base.yaml",
+    "runs": "runs",
+    "seeds": [3, 4],
+    "settings": {"max_duration": "2ba"},
+    "teachers": {"small": {"max_duration": "9ba"}, "unused": {}},
+    "arms": {
+        "plain": {},
+        "guided": {"algorithms": {"let": {"teacher": "${variables.runs}/huggingface/small"}}},
+    },
+    "tables": {"one": {"plain": "plain", "with LET": "guided"}},
+}
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    om.save(om.create(BASE), "base.yaml")
+    om.save(om.create(EXPERIMENT), "experiment.yaml")
+    return sweep.read("experiment.yaml")
+
+
+def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experiment):
+    jobs = sweep.plan(experiment)
+    assert [job.name for job in jobs] == ["small", "plain-s3", "guided-s3", "plain-s4", "guided-s4"]
+    guided = jobs[2].config
+    assert (guided.seed, guided.train_loader.dataset.shuffle_seed, guided.run_name) == (3, 3, "guided-s3")
+    assert (guided.max_duration, guided.optimizer.lr, guided.variables.runs) == ("2ba", 1.0, "runs")
+    assert jobs[0].config.max_duration == "9ba" and jobs[0].config.seed == 1
+    assert [sorted(job.needs) for job in jobs[:3]] == [[], [], ["small"]]
+    assert [job.name for job in sweep.plan(experiment, [9], "pl*")] == ["plain-s9"]
+
+
+def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
+    job = sweep.plan(experiment)[1]
+    assert not job.done(tmp_path)
+    (tmp_path / "plain-s3.done").write_text(om.to_yaml(job.config))
+    assert job.done(tmp_path) and sweep.run([job], tmp_path, 1) == []
+    job.config.optimizer.lr = 2.0
+    assert not job.done(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"seed": 1}, "missing or unknown: seed"), ({"tables": {"a": {"x": "absent"}}}, "absent, which is no arm")],
+)
+def test_mistakes_are_found_before_anything_runs(experiment, change, message):
+    om.save(om.merge(om.create(EXPERIMENT), change), "wrong.yaml")
+    with pytest.raises(ValueError, match=message):
+        sweep.read("wrong.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("evidence*.yaml")), ids=lambda path: path.stem)
+def test_the_experiments_here_are_whole(path):
+    """Every arm takes what its algorithms take, and compares with a teacher that the file trains."""
+    experiment = sweep.read(path)
+    for job in sweep.plan(experiment):
+        algorithms = om.to_container(job.config.algorithms, resolve=True)
+        assert isinstance(algorithms, dict)
+        if "let_probe" in algorithms:
+            gradient_probe.ProbedLET(**algorithms["let_probe"])
+        for name, options in algorithms.items():
+            if name in ("let", "rkd", "salt"):
+                assert job.needs, job.name
+            if name == "let":
+                LET(**options)
+
+
+def test_a_run_that_fails_is_named_and_those_that_wait_for_it_do_not_run(experiment, tmp_path, capsys):
+    jobs = [job for job in sweep.plan(experiment, [3]) if job.name != "plain-s3"]
+    assert sweep.run(jobs, tmp_path / "runs", 2) == ["small", "guided-s3"]
+    assert "small: failed" in capsys.readouterr().out
+    assert "Traceback" in (tmp_path / "runs" / "small.log").read_text()
+    assert not (tmp_path / "runs" / "guided-s3.log").exists()
+
+
+def test_the_probe_changes_nothing_and_measures_the_gradients(train, teacher_folder):
+    options = {"teacher": teacher_folder, "weight": 0.5, "stop": "4ba", "student_layer": 2}
+    plain, probed = train(LET(**options)), train(gradient_probe.ProbedLET(every=2, **options))
+    assert all(bool((parameters(plain)[name] == p).all()) for name, p in parameters(probed).items())
+    assert len(metrics(probed, "let/gradient_ratio")) == 2
+    assert all(abs(value) <= 1 for value in metrics(probed, "let/gradient_cosine"))
+
+
+def test_the_balance_sets_the_ratio_and_a_disagreement_ends_the_guidance(train, teacher_folder):
+    options = {"teacher": teacher_folder, "weight": 1.0, "stop": "1dur", "anneal": "constant", "student_layer": 2}
+    balanced = train(gradient_probe.ProbedLET(every=1, balance=2.0, **options))
+    assert sum(metrics(balanced, "let/gradient_ratio")[1:]) / 5 == pytest.approx(2.0, rel=0.3)
+    ended = train(gradient_probe.ProbedLET(every=1, disagreement=1.1, **options))
+    assert metrics(ended, "let/active") == [1.0, 0.0]
