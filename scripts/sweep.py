@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import compare  # noqa: E402
 
 __all__ = ["Job", "main", "plan", "read", "run", "tables"]
 
+APART = 10  # seconds between two starts: streaming's search for a free name in shared memory is no atomic one
 KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables"}
 
 
@@ -69,16 +71,16 @@ def read(path: str | Path) -> DictConfig:
     return experiment
 
 
-def plan(experiment: DictConfig, seeds: list[int] | None = None, only: str = "*") -> list[Job]:
+def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[str] = ("*",)) -> list[Job]:
     """The runs of an experiment.
 
     Args:
         experiment: As :func:`read` returns it.
         seeds: Instead of the file's.
-        only: Pattern of arms' names.
+        only: Patterns of arms' names.
 
     Returns:
-        The teachers that are needed, then the arms, all of one seed before the next seed.
+        The teachers that are needed, then the arms in the patterns' order, all of one seed before the next seed.
     """
 
     def job(arm: str, settings: Any, seed: int | None) -> Job:
@@ -92,8 +94,8 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: str = "*"
         needs = frozenset() if seed is None else frozenset(t for t in experiment.teachers if f"/{t}\n" in text)
         return Job(name, arm, config, needs)
 
-    chosen = [(str(arm), settings) for arm, settings in experiment.arms.items() if fnmatch.fnmatch(str(arm), only)]
-    arms = [job(arm, settings, seed) for seed in seeds or experiment.seeds for arm, settings in chosen]
+    chosen = dict.fromkeys(arm for pattern in only for arm in experiment.arms if fnmatch.fnmatch(arm, pattern))
+    arms = [job(arm, experiment.arms[arm], seed) for seed in seeds or experiment.seeds for arm in chosen]
     needed = frozenset[str]().union(*(arm.needs for arm in arms))
     return [*(job(name, settings, None) for name, settings in experiment.teachers.items() if name in needed), *arms]
 
@@ -131,6 +133,8 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
     while waiting or running:
         for job in [job for job in waiting if not job.needs & unfinished][: workers - len(running)]:
             waiting.remove(job)
+            if running:
+                time.sleep(max(0.0, APART - (time.monotonic() - max(start for _, start in running.values()))))
             shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
             (runs / f"{job.name}.done").unlink(missing_ok=True)
             om.save(job.config, runs / f"{job.name}.yaml")
@@ -178,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="YAML")
-    parser.add_argument("--only", default="*", help="pattern of the arms to run (default: all)")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of the arms to run (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--list", action="store_true", help="only say what is done and what would run")

@@ -48,7 +48,7 @@ def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experime
     assert (guided.max_duration, guided.optimizer.lr, guided.variables.runs) == ("2ba", 1.0, "runs")
     assert jobs[0].config.max_duration == "9ba" and jobs[0].config.seed == 1
     assert [sorted(job.needs) for job in jobs[:3]] == [[], [], ["small"]]
-    assert [job.name for job in sweep.plan(experiment, [9], "pl*")] == ["plain-s9"]
+    assert [job.name for job in sweep.plan(experiment, [9], ["pl*"])] == ["plain-s9"]
 
 
 def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
