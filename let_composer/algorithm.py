@@ -20,7 +20,7 @@ from let_composer.loss import Implementation, Resize, alignment_loss, target_sum
 from let_composer.pile import check_manifest
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, matmul_parameters, resolve_layer
-from let_composer.teacher import Placement, Teacher, check_vocabulary, read_vocabulary
+from let_composer.teacher import Placement, Teacher, check_vocabulary, needs_mask, read_vocabulary
 
 __all__ = ["LET", "loss_generating", "plus", "total"]
 
@@ -50,7 +50,7 @@ class LET(Algorithm):
     ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term) and ``BATCH_END`` (metrics; when the
     weight has reached zero, free the teacher). After that, and always with ``weight: 0``, nothing runs. A guided
     step costs the teacher's forward without its LM head. It adds no synchronisation with the host before ``BATCH_END``,
-    where Composer has had one already (batches with an ``attention_mask`` excepted: transformers looks into it).
+    where Composer has had one already (batches padded in front excepted: transformers looks into their mask).
 
     The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
     share token ids. In packed batches the teacher attends across documents, as an MPT without ``attn_uses_sequence_id``
@@ -169,6 +169,7 @@ class LET(Algorithm):
         self._capture: Capture | None = None
         self._student_parameters = 0
         self._weight = 0.0  # of this batch
+        self._needs_mask = True  # the teacher, in this batch
         self._term: Tensor | None = None  # of this microbatch, between AFTER_FORWARD and AFTER_LOSS
         self._tokens: Tensor | None = None  # of this microbatch, generating loss
         self._teacher_flops = 0.0  # of this batch on this rank
@@ -194,6 +195,7 @@ class LET(Algorithm):
             self._retire_if_over(state, logger)
         elif event == Event.BATCH_START:
             self._weight = self._weight_at(state)
+            self._needs_mask = needs_mask(state.batch.get("attention_mask"))  # here the batch is still the host's
             logger.log_metrics(
                 {
                     f"{self._prefix}/weight": self._weight,
@@ -345,7 +347,7 @@ class LET(Algorithm):
         self._tokens = mask.sum()
         # Outside autocast, as every algorithm: the teacher's weights have the type it is to compute in.
         ids = state.batch["input_ids"]
-        teacher = self._teacher.hidden(ids, state.batch.get("attention_mask"))
+        teacher = self._teacher.hidden(ids, self._attention_mask(state))
         self._teacher_flops += self._teacher.flops(ids.numel(), ids.shape[-1])
         mean, std = self._statistics.mean_and_std()
         self._term = alignment_loss(
@@ -369,6 +371,9 @@ class LET(Algorithm):
         self._count("loss", self._tokens * self._term.detach())
         self._count("targets", targets)
         self._count("features", self._statistics.sums(teacher, mask))
+
+    def _attention_mask(self, state: State) -> Tensor | None:
+        return state.batch.get("attention_mask") if self._needs_mask else None
 
     def _add_term(self, state: State) -> None:
         assert self._term is not None and self._tokens is not None

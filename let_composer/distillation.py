@@ -91,7 +91,7 @@ class RKD(LET):
         assert self._capture is not None and self._teacher is not None
         self._capture.clear()
         ids = state.batch["input_ids"]
-        teacher = self._teacher.logits(ids, state.batch.get("attention_mask"))
+        teacher = self._teacher.logits(ids, self._attention_mask(state))
         self._teacher_flops += self._teacher.flops(ids.numel(), ids.shape[-1])
         mask = loss_generating(state.batch)
         self._tokens = mask.sum()

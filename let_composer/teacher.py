@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from let_composer.student import Capture, blocks_passed, depth, find_blocks, matmul_parameters
 
-__all__ = ["Placement", "Teacher", "build_body", "check_vocabulary", "read_vocabulary"]
+__all__ = ["Placement", "Teacher", "build_body", "check_vocabulary", "needs_mask", "read_vocabulary"]
 
 Placement = Literal["replicate", "shard"]
 
@@ -195,6 +195,25 @@ def build_body(name: str | PretrainedConfig, layer: int = -1, trust_remote_code:
             body = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     _cut(name, body, layer)
     return body.eval().requires_grad_(False)
+
+
+def needs_mask(attention_mask: Tensor | None) -> bool:
+    """Whether a causal decoder must be told of the padding: not if all of it comes after the tokens, which then never
+    attend to it.
+
+    Without a mask attention takes its fast causal path, and transformers does not look into one, for which the host
+    would wait for the device.
+
+    Args:
+        attention_mask: ``[B, S]``, 0 or False where there is padding. If it is on an accelerator already, looking into
+            it would cost that wait, and the answer is yes.
+    """
+    if attention_mask is None:
+        return False
+    if attention_mask.device.type != "cpu":
+        return True
+    tokens = attention_mask != 0
+    return bool((tokens[:, 1:] & ~tokens[:, :-1]).any())
 
 
 def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str] | None:

@@ -112,6 +112,23 @@ class TestAccumulation:
         for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine"):
             assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-5)
 
+    @pytest.mark.parametrize("needed", [False, True])
+    def test_the_teacher_sees_padding_only_where_it_matters(
+        self, train, tokenizer, teacher_folder, monkeypatch, needed
+    ):
+        seen, hidden = [], Teacher.hidden
+
+        def spy(self: Teacher, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            seen.append(mask is not None)
+            return hidden(self, ids, mask)
+
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        if needed:  # as with padding in front, which MPT cannot train on
+            monkeypatch.setattr("let_composer.algorithm.needs_mask", lambda mask: True)
+        data = build_data(tokenizer, ragged=True)
+        train(LET(teacher_folder, stop="2ba", weight=1.0), data=data, device_train_microbatch_size=4)
+        assert seen == [needed] * 4
+
     def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, teacher_folder):
         data = build_data(tokenizer, ragged=True)
         batch = next(iter(data.dataloader))

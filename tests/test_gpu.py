@@ -88,7 +88,7 @@ def test_a_guided_microbatch_never_waits_for_the_device(run, teacher_folder, tok
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    found = run(Strict(teacher_folder, **GUIDED), data=build_data(tokenizer))  # no attention_mask in these batches
+    found = run(Strict(teacher_folder, **GUIDED), data=build_data(tokenizer, ragged=True))
     assert len(metrics(found, "let/loss")) == 3
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 from let_composer.student import matmul_parameters
-from let_composer.teacher import Teacher, check_vocabulary, read_vocabulary
+from let_composer.teacher import Teacher, check_vocabulary, needs_mask, read_vocabulary
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -252,3 +252,17 @@ class TestVocabulary:
         assert read_vocabulary(teacher_folder) == {i: t for t, i in tokenizer.get_vocab().items()}
         LlamaConfig().save_pretrained(tmp_path)
         assert read_vocabulary(str(tmp_path)) is None
+
+
+def test_padding_behind_the_tokens_needs_no_mask(teacher_folder):
+    """Hidden states of tokens are the same without it; in front it matters, and on an accelerator nobody looks."""
+    teacher, ids = Teacher(teacher_folder), torch.randint(60, (2, 8))
+    behind = torch.ones(2, 8, dtype=torch.long)
+    behind[1, 5:] = 0
+    before = behind.flip(1)
+    assert not needs_mask(None) and not needs_mask(behind) and not needs_mask(torch.zeros(1, 4))
+    assert needs_mask(before) and needs_mask(before.bool()) and needs_mask(torch.empty(2, 8, device="meta"))
+    tokens = behind.bool()
+    torch.testing.assert_close(teacher.hidden(ids)[tokens], teacher.hidden(ids, behind)[tokens])
+    tokens = before.bool()
+    assert (teacher.hidden(ids)[tokens] - teacher.hidden(ids, before)[tokens]).abs().max() > 1e-3
