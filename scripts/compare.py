@@ -417,8 +417,8 @@ def _headline(summary: dict[str, Any], arms: Arms) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Command line; returns the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="[NAME=]FOLDER; the first arm is the baseline")
     parser.add_argument("--teacher", help="the run that trained the teacher, for its cost and its loss")
@@ -437,6 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(summary))
     print("\nSeveral seeds: mean (min..max). Shares are of the baseline's mean tokens and training time.")
     print(f"written: {options.out}.json, {options.out}.png, {options.out}.svg")
+    return summary
 
 
 def _plain(array: np.ndarray) -> list[float | None]:

@@ -1,15 +1,17 @@
-"""Every GPU measurement of the project behind one command: tests, kernels, steps. Goes on where it was cut off.
+"""Every GPU measurement of the project behind one command: tests, kernels, steps, runs. Goes on where it was cut off.
 
     python scripts/gpu_report.py --gpu h200 [--out runs/gpu_report] [--only tests steps-1b4] [--minutes 25]
 
-Each part is a program of its own with a time limit; what it leaves in OUT is kept, and a part that has succeeded at
-this commit on this device is not run again. OUT/report.json and OUT/report.md are written after every part.
+Each part is a program of its own with a time limit, and ends with the minutes; what it leaves in OUT is kept, and a
+part that has succeeded at this commit on this device is not run again. OUT/report.json and OUT/report.md are written
+after every part. The training needs the data that yamls/evidence_125m.yaml tells how to make.
 """
 
 import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ import torch
 __all__ = ["Part", "main", "parts", "run", "write_report"]
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "data" / "evidence" / "shards" / "manifest.json"  # of yamls/evidence_125m.yaml
 # Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
 PLAIN = ["variables.attention=torch", "variables.loss_fn=torch_crossentropy"]
 
@@ -61,24 +64,33 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float) -> list[Part]
     ]
     if memory_gib > 100:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
         found.append(steps("7b", 2 if has_flash else 1))
+    if not DATA.exists():
+        return found
+    # Last, because it fills whatever time is left: what has finished counts, the next call goes on with the others.
+    sweep = ["scripts/sweep.py", "yamls/evidence_125m.yaml", "--workers", "1", "--runs", str(out / "evidence-125m")]
+    found.append(Part("evidence-125m", [*sweep, *(["variables.attention=flash"] if has_flash else [])], 3600))
     return found
 
 
-def run(part: Part, out: Path, environment: dict[str, Any]) -> dict[str, Any]:
+def run(part: Part, out: Path, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Run one part and keep its output.
 
     Args:
         part: What to run.
         out: Where ``<part>.log`` goes.
         environment: Stored with the result, so that it counts for this commit and device alone.
+        seconds: How long it may take, its own limit aside.
     """
     start = time.time()
     with open(out / f"{part.name}.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *part.command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code = subprocess.run(
-                [sys.executable, *part.command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=part.limit
-            ).returncode
+            code = process.wait(min(part.limit, seconds))
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started: it would hold the device's memory
+            process.wait()
             code = -1
     result = {
         "part": part.name,
@@ -128,6 +140,8 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
     environment = _environment()
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     todo = plan(args.out, args.gpu, _has_flash(), memory)
+    if not DATA.exists():
+        print(f"no training: there is no {DATA}. The first lines of yamls/evidence_125m.yaml say how to make it.")
     if args.only:
         if unknown := set(args.only) - {part.name for part in todo}:
             parser.error(f"no parts {', '.join(sorted(unknown))}. There are {', '.join(part.name for part in todo)}.")
@@ -140,7 +154,7 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
             print(f"{part.name}: done before.", flush=True)
         elif time.time() < end:
             print(f"{part.name}: at most {part.limit} s ...", flush=True)
-            result = run(part, args.out, environment)
+            result = run(part, args.out, environment, end - time.time())
             print(f"{part.name}: exit status {result['exit']} after {result['seconds']:.0f} s.", flush=True)
         else:
             print(f"{part.name}: no time left. Call again to go on.", flush=True)

@@ -3,23 +3,29 @@
     python scripts/sweep.py yamls/evidence.yaml                          # everything that has not been run yet
     python scripts/sweep.py yamls/evidence.yaml --only "weight-*" --seeds 17
     python scripts/sweep.py yamls/evidence.yaml --list                   # what would run
+    python scripts/sweep.py yamls/evidence_125m.yaml --workers 1 variables.attention=flash     # settings for all runs
 
 The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from the
 base, and tables of arms to be compared, the first of which is the baseline. Interrupt it when you like: the next call
 goes on with the runs that have not finished. Writes RUNS/<arm>-s<seed>.yaml (what was trained, to be repeated alone
-with train.py), .log and .done beside the folder that Composer logs into, and RUNS/<table>.json, .png, .svg.
+with train.py), .log and .done beside the folder that Composer logs into, RUNS/<table>.json, .png and .svg, and all
+tables with their conditions as RUNS/report.md.
 """
 
 import argparse
+import fcntl
 import fnmatch
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +56,13 @@ class Job:
         return marker.exists() and marker.read_text() == om.to_yaml(self.config)
 
 
-def read(path: str | Path) -> DictConfig:
+def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = None) -> DictConfig:
     """Read an experiment's file.
 
     Args:
         path: The YAML. ``base`` in it is relative to its folder.
+        overrides: ``key=value`` strings, dotted keys, merged into ``settings``.
+        runs: Instead of the file's.
 
     Raises:
         ValueError: If keys are missing or unknown, or a table names an arm that is not there.
@@ -65,6 +73,8 @@ def read(path: str | Path) -> DictConfig:
         wrong = ", ".join(map(str, sorted(keys ^ KEYS)))
         raise ValueError(f"expected {path} to have the keys {', '.join(sorted(KEYS))}; missing or unknown: {wrong}.")
     experiment.base = str(Path(path).parent / experiment.base)
+    experiment.runs = runs or experiment.runs
+    experiment.settings = om.merge(experiment.settings, om.from_cli(list(overrides)))
     for name, arms in experiment.tables.items():
         if missing := [arm for arm in arms.values() if arm not in experiment.arms]:
             raise ValueError(f"the table {name} of {path} compares {', '.join(missing)}, which is no arm.")
@@ -100,19 +110,19 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
     return [*(job(name, settings, None) for name, settings in experiment.teachers.items() if name in needed), *arms]
 
 
-def _train(job: Job, runs: Path) -> None:
+def _train(job: Job, runs: Path, threads: int) -> None:
     import torch
     import train
 
     sys.stdout = sys.stderr = log = open(runs / f"{job.name}.log", "w", buffering=1)  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     train.main([str(runs / f"{job.name}.yaml")])
 
 
 def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
-    """Run what is not done yet, ``workers`` runs at a time with a core each.
+    """Run what is not done yet, ``workers`` runs at a time with an equal share of the cores each.
 
     Returns:
         Names of the runs that failed; what they printed is in their logs.
@@ -123,7 +133,7 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
         return []
     unfinished = {job.name for job in waiting}
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))))
     import train  # noqa: F401  (llm-foundry takes half a minute to import: once, and every run is a fork)
 
     fork = multiprocessing.get_context("fork")
@@ -138,7 +148,7 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
             shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
             (runs / f"{job.name}.done").unlink(missing_ok=True)
             om.save(job.config, runs / f"{job.name}.yaml")
-            process = fork.Process(target=_train, args=(job, runs))
+            process = fork.Process(target=_train, args=(job, runs, threads))
             process.start()
             running[process] = job, time.monotonic()
         if not running:  # what is left waits for a teacher that failed
@@ -155,47 +165,82 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
                 print(f"{count} {job.name}: {time.monotonic() - start:.0f} s", flush=True)
             else:
                 failed.append(job.name)
-                print(f"{count} {job.name}: failed, see {runs / job.name}.log", flush=True)
+                print(f"{count} {job.name}: failed ({process.exitcode}), see {runs / job.name}.log", flush=True)
     return failed
 
 
 def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
-    """Compare the arms of every table, with the seeds that are done."""
+    """Compare the arms of every table, with the seeds that are done, and write the report.
+
+    Args:
+        experiment: As :func:`read` returns it.
+        jobs: As :func:`plan` returns them.
+        only: Pattern of the tables' names.
+    """
     runs = Path(experiment.runs)
+    sections = []
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
             continue
-        folders = [
-            f"{label}={runs / job.name}"
-            for label, arm in arms.items()
-            for job in jobs
-            if job.arm == arm and job.done(runs)
-        ]
-        if len({folder.split("=")[0] for folder in folders}) < 2:
+        shown = {label: [job for job in jobs if job.arm == arm and job.done(runs)] for label, arm in arms.items()}
+        if len([label for label in shown if shown[label]]) < 2 or not next(iter(shown.values())):
             continue
+        folders = [f"{label}={runs / job.name}" for label in shown for job in shown[label]]
+        teachers = frozenset[str]().union(*(job.needs for found in shown.values() for job in found))
+        teacher = ["--teacher", str(runs / next(iter(teachers)))] if len(teachers) == 1 else []
         print(f"\n## {name}\n")
-        teacher = next(iter(experiment.teachers), None)
-        compare.main([*folders, *(["--teacher", str(runs / teacher)] if teacher else []), "--out", str(runs / name)])
+        summary = compare.main([*folders, *teacher, "--out", str(runs / name)])
+        sections += [f"## {name}", "", compare.table(summary), ""]
+    if sections:
+        partial = runs / "report.md.partial"
+        partial.write_text("\n".join([_conditions(runs), "", *sections]))
+        partial.replace(runs / "report.md")
+
+
+def _conditions(runs: Path) -> str:
+    import torch
+
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
+    return (
+        f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
+        f"{platform.python_version()}, {versions}; commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}. Several "
+        "seeds: mean (min..max). Shares are of the baseline's mean."
+    )
+
+
+def _cpu() -> str:
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "CPU")
+    return f"{os.cpu_count()} cores of {model}"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="merged into the settings of all runs")
+    parser.add_argument("--runs", help="folder to write to, instead of the file's")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of the arms to run (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--list", action="store_true", help="only say what is done and what would run")
     parser.add_argument("--tables", default="*", help="pattern of the tables to make (default: all)")
-    options = parser.parse_args(arguments)
-    experiment = read(options.experiment)
+    options = parser.parse_intermixed_args(arguments)
+    experiment = read(options.experiment, options.overrides, options.runs)
     runs = Path(experiment.runs)
     jobs = plan(experiment, options.seeds, options.only)
     if options.list:
         for job in jobs:
             print(f"{'done   ' if job.done(runs) else 'waiting'} {job.name}")
         return
-    failed = run(jobs, runs, options.workers)
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another call is at work in {runs}. Wait for it, or stop it.") from None
+        failed = run(jobs, runs, options.workers)
     tables(experiment, plan(experiment, options.seeds), options.tables)
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}. The logs are in {runs}.")

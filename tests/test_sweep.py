@@ -1,5 +1,6 @@
 """The experiment's runner: what would run, in which order, what is reused; the probe against plain LET."""
 
+import fcntl
 from pathlib import Path
 
 import gradient_probe
@@ -51,6 +52,40 @@ def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experime
     assert [job.name for job in sweep.plan(experiment, [9], ["pl*"])] == ["plain-s9"]
 
 
+def test_settings_and_folder_from_the_command_line(experiment):
+    changed = sweep.read("experiment.yaml", ["optimizer.lr=3.0", "max_duration=5ba"], runs="elsewhere/runs")
+    small, plain = sweep.plan(changed, [3])[:2]
+    assert (plain.config.optimizer.lr, plain.config.max_duration) == (3.0, "5ba")
+    assert (small.config.variables.runs, small.config.max_duration) == ("elsewhere/runs", "9ba")  # an arm's own wins
+
+
+def test_the_report_has_every_table_whose_baseline_is_done(experiment, monkeypatch):
+    jobs, runs = sweep.plan(experiment), Path("runs")
+    runs.mkdir()
+    for job in jobs[:3]:
+        (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
+    experiment.tables.two = {"with LET": "guided", "plain": "plain"}
+    called = []
+
+    def main(arguments):
+        called.append(arguments)
+        return {}
+
+    monkeypatch.setattr(sweep.compare, "main", main)
+    monkeypatch.setattr(sweep.compare, "table", lambda _: f"| table {len(called)} |")
+    sweep.tables(experiment, jobs)
+    plain, guided = f"plain={runs / 'plain-s3'}", f"with LET={runs / 'guided-s3'}"
+    teacher = ["--teacher", str(runs / "small")]
+    assert [sorted(call[:2]) for call in called[:2]] == [[plain, guided]] * 2
+    assert [call[2:] for call in called[:2]] == [[*teacher, "--out", str(runs / name)] for name in ("one", "two")]
+    report = (runs / "report.md").read_text()
+    assert "## one\n\n| table 1 |" in report and "## two\n\n| table 2 |" in report and "torch " in report
+    (runs / "plain-s3.done").unlink()
+    called.clear()
+    sweep.tables(experiment, jobs, "one")
+    assert not called
+
+
 def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
     job = sweep.plan(experiment)[1]
     assert not job.done(tmp_path)
@@ -81,7 +116,7 @@ def test_the_experiments_here_are_whole(path):
             gradient_probe.ProbedLET(**algorithms["let_probe"])
         for name, options in algorithms.items():
             if name in ("let", "rkd", "salt"):
-                assert job.needs, job.name
+                assert job.needs or options["teacher"] == job.config.variables.pretrained, job.name
             if name == "let":
                 LET(**options)
 
@@ -92,6 +127,14 @@ def test_a_run_that_fails_is_named_and_those_that_wait_for_it_do_not_run(experim
     assert "small: failed" in capsys.readouterr().out
     assert "Traceback" in (tmp_path / "runs" / "small.log").read_text()
     assert not (tmp_path / "runs" / "guided-s3.log").exists()
+
+
+def test_two_calls_do_not_share_a_folder(experiment):
+    Path("runs").mkdir()
+    with open("runs/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another call is at work in runs"):
+            sweep.main(["experiment.yaml"])
 
 
 def test_the_probe_changes_nothing_and_measures_the_gradients(train, teacher_folder):
