@@ -17,6 +17,8 @@ esac
 
 bash scripts/install.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
+# Large tensors come and go in every step: without this a third of the time is the kernel's, handing out memory.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296}
 runs=runs/$kind
 mkdir -p "$runs"
 
