@@ -5,16 +5,19 @@
     python scripts/sweep.py yamls/evidence.yaml --list                   # what would run
     python scripts/sweep.py yamls/evidence_125m.yaml --workers 1 variables.attention=flash     # settings for all runs
 
-The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from the
-base, and tables of arms to be compared, the first of which is the baseline. Interrupt it when you like: the next call
-goes on with the runs that have not finished. Writes RUNS/<arm>-s<seed>.yaml (what was trained, to be repeated alone
-with train.py), .log and .done beside the folder that Composer logs into, RUNS/<table>.json, .png and .svg, and all
-tables with their conditions as RUNS/report.md.
+The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from
+the base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
+baselines and their arms, to be set against how far the teacher is ahead of the baseline. Interrupt it when you like:
+the next call goes on with the runs that have not finished. Writes RUNS/<arm>-s<seed>.yaml (what was trained, to be
+repeated alone with train.py), .log and .done beside the folder that Composer logs into, RUNS/<table>.json, .png and
+.svg, the same for the overview, and all of it with its conditions as RUNS/report.md.
 """
 
 import argparse
 import fcntl
 import fnmatch
+import itertools
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,10 @@ from omegaconf import OmegaConf as om
 sys.path.insert(0, str(Path(__file__).parent))
 import compare  # noqa: E402
 
-__all__ = ["Job", "main", "plan", "read", "run", "tables"]
+__all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
 
 APART = 10  # seconds between two starts: streaming's search for a free name in shared memory is no atomic one
-KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables"}
+KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables", "overview"}
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,12 @@ def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = Non
     experiment.base = str(Path(path).parent / experiment.base)
     experiment.runs = runs or experiment.runs
     experiment.settings = om.merge(experiment.settings, om.from_cli(list(overrides)))
-    for name, arms in experiment.tables.items():
-        if missing := [arm for arm in arms.values() if arm not in experiment.arms]:
-            raise ValueError(f"the table {name} of {path} compares {', '.join(missing)}, which is no arm.")
+    compared = {f"table {name}": arms.values() for name, arms in experiment.tables.items()}
+    for method, pairs in experiment.overview.items():
+        compared[f"overview of {method}"] = [*pairs, *(arm for arms in pairs.values() for arm in arms)]
+    for name, arms in compared.items():
+        if missing := [arm for arm in arms if arm not in experiment.arms]:
+            raise ValueError(f"the {name} in {path} compares {', '.join(missing)}, which is no arm.")
     return experiment
 
 
@@ -191,10 +197,119 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
         print(f"\n## {name}\n")
         summary = compare.main([*folders, *teacher, "--out", str(runs / name)])
         sections += [f"## {name}", "", compare.table(summary), ""]
+    if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
+        draw(points, runs / "overview")
+        sections = ["## overview", "", *_overview_table(points), "", *sections]
     if sections:
         partial = runs / "report.md.partial"
         partial.write_text("\n".join([_conditions(runs), "", *sections]))
         partial.replace(runs / "report.md")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One arm against its baseline, over the seeds that both have."""
+
+    method: str
+    arm: str
+    lead: float  # of the teacher: the baseline's final loss minus the teacher's, in nats per token
+    gain: float  # the baseline's final loss minus the arm's
+    share: float | None  # of the baseline's tokens, after which the arm is at its final loss; None if it never is
+    seeds: int
+
+
+def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
+    """Every arm of the overview whose runs are done, with its baseline's.
+
+    Args:
+        experiment: As :func:`read` returns it.
+        jobs: As :func:`plan` returns them.
+    """
+    runs = Path(experiment.runs)
+    done = {(job.arm, job.config.seed): job for job in jobs if job.done(runs)}
+    points = []
+    for method, pairs in experiment.overview.items():
+        for baseline, arms in pairs.items():
+            for arm in arms:
+                seeds = [seed for name, seed in done if name == arm and (baseline, seed) in done]
+                if not seeds:
+                    continue
+                teacher = compare.read_run(runs / next(iter(done[arm, seeds[0]].needs)))
+                found = {
+                    name: [compare.read_run(runs / done[name, seed].name) for seed in seeds] for name in (baseline, arm)
+                }
+                summary = compare.summarize(found, teacher)
+                plain, guided = (row["over_seeds"] for row in summary["arms"])
+                reached = guided["tokens_to_baseline_loss"]
+                points.append(
+                    Point(
+                        method=str(method),
+                        arm=arm,
+                        lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
+                        gain=plain["final_loss"]["mean"] - guided["final_loss"]["mean"],
+                        share=reached and reached["mean"] / plain["tokens"]["mean"],
+                        seeds=len(seeds),
+                    )
+                )
+    return sorted(points, key=lambda point: (point.method, -point.lead))
+
+
+def draw(points: list[Point], out: Path) -> None:
+    """Write OUT.json, OUT.png and OUT.svg: how much of the baseline's tokens is needed, over the teacher's lead."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "sweep"  # the same bytes for the same runs
+    figure, axis = plt.subplots(figsize=(9.5, 5.5), constrained_layout=True)
+    methods = dict.fromkeys(point.method for point in points)
+    for method, color in zip(methods, itertools.cycle(["#c8442a", "#2a6fc8", "#2f8f46"])):  # noqa: B905
+        own = [point for point in points if point.method == method]
+        reached = [(point.lead, 100 * point.share) for point in own if point.share]
+        axis.plot(*zip(*reached, strict=True), "o-", color=color, ms=8, lw=1, label=method)
+        for point in own:
+            height = 100 * point.share if point.share else 104
+            if not point.share:
+                axis.plot(point.lead, height, "^", color=color, ms=9)
+            text = point.arm if point.share else f"{point.arm}: never"
+            axis.annotate(
+                text, (point.lead, height), xytext=(6, 5), textcoords="offset points", fontsize=8, color=color
+            )
+    axis.axhline(100, color="#666666", lw=1, ls=":")
+    axis.axvline(0, color="#666666", lw=1, ls=":")
+    axis.set_xlabel("lead of the teacher: the baseline's final loss minus the teacher's [nats/token]")
+    axis.set_ylabel("tokens to the baseline's final loss [% of its own]")
+    for side, text, where in (
+        (0.01, "students that overtake their teacher", "left"),
+        (0.99, "students that do not", "right"),
+    ):
+        axis.text(side, 0.02, text, transform=axis.transAxes, ha=where, color="#666666")
+    axis.set_ylim(min(30.0, *(100 * point.share - 5 for point in points if point.share)), 109)
+    counts = sorted({point.seeds for point in points})
+    axis.set_title(f"Tokens that guidance leaves to be trained ({' to '.join(map(str, counts))} seeds)", loc="left")
+    axis.legend(frameon=False, loc="upper right")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    for suffix in ("png", "svg"):
+        partial = f"{out}.partial.{suffix}"
+        figure.savefig(partial, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+        os.replace(partial, f"{out}.{suffix}")
+    plt.close(figure)
+    partial = Path(f"{out}.partial.json")
+    partial.write_text(json.dumps([asdict(point) for point in points], indent=1))
+    partial.replace(f"{out}.json")
+
+
+def _overview_table(points: list[Point]) -> list[str]:
+    lines = ["| method | arm | seeds | lead of the teacher | gain in loss | tokens to the baseline's final loss |"]
+    lines.append("|---|---|---|---|---|---|")
+    for point in points:
+        share = f"{point.share:.0%}" if point.share else "never"
+        lines.append(
+            f"| {point.method} | {point.arm} | {point.seeds} | {point.lead:+.2f} | {point.gain:+.3f} | {share} |"
+        )
+    return lines
 
 
 def _conditions(runs: Path) -> str:
@@ -205,7 +320,7 @@ def _conditions(runs: Path) -> str:
     return (
         f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
         f"{platform.python_version()}, {versions}; commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}. Several "
-        "seeds: mean (min..max). Shares are of the baseline's mean."
+        "seeds: mean (min..max). Shares are of the baseline's mean. Times are wall clock, with other runs beside."
     )
 
 

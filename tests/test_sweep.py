@@ -4,6 +4,7 @@ import fcntl
 from pathlib import Path
 
 import gradient_probe
+import numpy as np
 import pytest
 import sweep  # scripts/sweep.py
 from conftest import metrics, parameters
@@ -30,6 +31,7 @@ EXPERIMENT = {
         "guided": {"algorithms": {"let": {"teacher": "${variables.runs}/huggingface/small"}}},
     },
     "tables": {"one": {"plain": "plain", "with LET": "guided"}},
+    "overview": {"LET": {"plain": ["guided"]}},
 }
 
 
@@ -73,6 +75,7 @@ def test_the_report_has_every_table_whose_baseline_is_done(experiment, monkeypat
 
     monkeypatch.setattr(sweep.compare, "main", main)
     monkeypatch.setattr(sweep.compare, "table", lambda _: f"| table {len(called)} |")
+    monkeypatch.setattr(sweep, "overview", lambda *_: [])
     sweep.tables(experiment, jobs)
     plain, guided = f"plain={runs / 'plain-s3'}", f"with LET={runs / 'guided-s3'}"
     teacher = ["--teacher", str(runs / "small")]
@@ -86,6 +89,32 @@ def test_the_report_has_every_table_whose_baseline_is_done(experiment, monkeypat
     assert not called
 
 
+def curve(name, *losses):
+    tokens = np.arange(1, len(losses) + 1) * 10.0
+    return sweep.compare.Run(name, (tokens, np.array(losses)), (tokens, tokens), {}, None, None, None)
+
+
+def test_the_overview_sets_what_an_arm_saves_against_the_lead_of_its_teacher(experiment, tmp_path, monkeypatch):
+    experiment.arms.worse = experiment.arms.guided
+    experiment.overview = {"LET": {"plain": ["guided", "worse"]}}
+    jobs, runs = sweep.plan(experiment), Path("runs")
+    runs.mkdir()
+    losses = {"small": (3.0,), "plain": (6.0, 5.0, 4.0), "guided": (5.0, 4.0, 3.5), "worse": (6.0, 5.0, 4.5)}
+    for job in jobs:
+        if job.config.get("seed") != 4 or job.arm == "plain":  # the second seed of the arms is still to come
+            (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
+    monkeypatch.setattr(sweep.compare, "read_run", lambda path: curve(path.name, *losses[path.name.split("-")[0]]))
+    guided, worse = sweep.overview(experiment, jobs)
+    assert (guided.method, guided.arm, guided.seeds) == ("LET", "guided", 1)
+    assert guided.lead == worse.lead == pytest.approx(1.0)
+    assert (guided.gain, guided.share) == (pytest.approx(0.5), pytest.approx(2 / 3))
+    assert (worse.gain, worse.share) == (pytest.approx(-0.5), None)
+    sweep.draw([guided, worse], tmp_path / "overview")
+    assert {path.name for path in tmp_path.glob("overview.*")} == {"overview.json", "overview.png", "overview.svg"}
+    drawing = (tmp_path / "overview.svg").read_text()
+    assert "guided" in drawing and "worse: never" in drawing
+
+
 def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
     job = sweep.plan(experiment)[1]
     assert not job.done(tmp_path)
@@ -97,7 +126,14 @@ def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": 1}, "missing or unknown: seed"), ({"tables": {"a": {"x": "absent"}}}, "absent, which is no arm")],
+    [
+        ({"seed": 1}, "missing or unknown: seed"),
+        ({"tables": {"a": {"x": "absent"}}}, "the table a in wrong.yaml compares absent, which is no arm"),
+        (
+            {"overview": {"LET": {"plain": ["gone"]}}},
+            "the overview of LET in wrong.yaml compares gone, which is no arm",
+        ),
+    ],
 )
 def test_mistakes_are_found_before_anything_runs(experiment, change, message):
     om.save(om.merge(om.create(EXPERIMENT), change), "wrong.yaml")
