@@ -266,12 +266,10 @@ def draw(points: list[Point], out: Path) -> None:
     methods = dict.fromkeys(point.method for point in points)
     for method, color in zip(methods, itertools.cycle(["#c8442a", "#2a6fc8", "#2f8f46"])):  # noqa: B905
         own = [point for point in points if point.method == method]
-        reached = [(point.lead, 100 * point.share) for point in own if point.share]
-        axis.plot(*zip(*reached, strict=True), "o-", color=color, ms=8, lw=1, label=method)
+        axis.plot([], [], "o", color=color, ms=8, label=method)
         for point in own:
             height = 100 * point.share if point.share else 104
-            if not point.share:
-                axis.plot(point.lead, height, "^", color=color, ms=9)
+            axis.plot(point.lead, height, "o" if point.share else "^", color=color, ms=8)
             text = point.arm if point.share else f"{point.arm}: never"
             axis.annotate(
                 text, (point.lead, height), xytext=(6, 5), textcoords="offset points", fontsize=8, color=color
@@ -286,8 +284,9 @@ def draw(points: list[Point], out: Path) -> None:
     ):
         axis.text(side, 0.02, text, transform=axis.transAxes, ha=where, color="#666666")
     axis.set_ylim(min(30.0, *(100 * point.share - 5 for point in points if point.share)), 109)
-    counts = sorted({point.seeds for point in points})
-    axis.set_title(f"Tokens that guidance leaves to be trained ({' to '.join(map(str, counts))} seeds)", loc="left")
+    axis.margins(x=0.12)
+    counts = " to ".join(map(str, sorted({point.seeds for point in points})))
+    axis.set_title(f"What guidance saves, over the lead of its teacher (seeds: {counts})", loc="left", fontsize=11)
     axis.legend(frameon=False, loc="upper right")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -521,7 +521,7 @@ class TestCompany:
             metrics(train(LET(teacher_folder, stop="2ba", **options)), "let/loss")[0]
             for options in (
                 {},
-                {"resize": "student"},
+                {"resize": "teacher"},
                 {"student_layer": -1},
                 {"student_layer": "model.transformer.blocks.1"},
                 {"teacher_layer": 1},

@@ -25,7 +25,7 @@ def alignment_loss(
     *,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
-    resize: Resize = "teacher",
+    resize: Resize = "student",
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Mean negative cosine between a student's and a frozen teacher's hidden states.
@@ -42,7 +42,7 @@ def alignment_loss(
         teacher_mean: Subtracted from every teacher row, ``[D_t]``. Default: ``None``.
         teacher_std: Divides every teacher row, ``[D_t]``, positive. Default: ``None``.
         resize: Whose features are linearly interpolated to the other's width when ``D_s != D_t``.
-            Default: ``"teacher"``.
+            Default: ``"student"``, as in LET.
         implementation: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA, torch elsewhere. Default: ``"auto"``.
 
     Returns:

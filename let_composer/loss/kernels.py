@@ -530,7 +530,7 @@ def alignment_loss(
     mask: Tensor,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
-    resize: str = "teacher",
+    resize: str = "student",
 ) -> Tensor:
     """:func:`let_composer.loss.reference.alignment_loss` in one pass over the states, in fp32."""
     return _forward(student, teacher, mask, teacher_mean, teacher_std, resize == "student")[0]

@@ -21,7 +21,7 @@ def alignment_loss(
     mask: Tensor,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
-    resize: str = "teacher",
+    resize: str = "student",
 ) -> Tensor:
     """Mean over the tokens of ``mask`` of -cos(student, teacher); see :func:`let_composer.loss.alignment_loss`.
 
