@@ -121,7 +121,7 @@ class SALT(RKD):
         teacher: As in :class:`RKD`.
         weight: As in :class:`RKD`.
         temperature: As in :class:`RKD`.
-        stop: As in :class:`RKD`. Default: ``"0.3dur"``, as for :class:`LET`.
+        stop: As in :class:`RKD`. Default: ``"0.5dur"``, as for :class:`LET`.
         anneal: As in :class:`RKD`. Default: ``"linear"``, as for :class:`LET`.
         trust_remote_code: As in :class:`RKD`.
     """
@@ -131,7 +131,7 @@ class SALT(RKD):
         teacher: str = "EleutherAI/pythia-160m",
         weight: float = 0.5,
         temperature: float = 1.0,
-        stop: str = "0.3dur",
+        stop: str = "0.5dur",
         anneal: Anneal = "linear",
         trust_remote_code: bool = False,
     ) -> None:

@@ -49,7 +49,7 @@ class Job:
     """One training run."""
 
     name: str  # of the run: arm and seed
-    arm: str
+    arm: str  # "" for a teacher
     config: DictConfig  # what train.py would read
     needs: frozenset[str] = frozenset()  # teachers, by the names of their runs
 
@@ -108,7 +108,7 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
         assert isinstance(config, DictConfig)
         text = om.to_yaml(config)
         needs = frozenset() if seed is None else frozenset(t for t in experiment.teachers if f"/{t}\n" in text)
-        return Job(name, arm, config, needs)
+        return Job(name, "" if seed is None else arm, config, needs)
 
     chosen = dict.fromkeys(arm for pattern in only for arm in experiment.arms if fnmatch.fnmatch(arm, pattern))
     arms = [job(arm, experiment.arms[arm], seed) for seed in seeds or experiment.seeds for arm in chosen]

@@ -50,6 +50,7 @@ def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experime
     assert (guided.seed, guided.train_loader.dataset.shuffle_seed, guided.run_name) == (3, 3, "guided-s3")
     assert (guided.max_duration, guided.optimizer.lr, guided.variables.runs) == ("2ba", 1.0, "runs")
     assert jobs[0].config.max_duration == "9ba" and jobs[0].config.seed == 1
+    assert [job.arm for job in jobs] == ["", "plain", "guided", "plain", "guided"]
     assert [sorted(job.needs) for job in jobs[:3]] == [[], [], ["small"]]
     assert [job.name for job in sweep.plan(experiment, [9], ["pl*"])] == ["plain-s9"]
 
