@@ -16,7 +16,6 @@ repeated alone with train.py), .log and .done beside the folder that Composer lo
 import argparse
 import fcntl
 import fnmatch
-import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -176,7 +175,7 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
 
 
 def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
-    """Compare the arms of every table, with the seeds that are done, and write the report.
+    """Compare the arms of every table, with the seeds that all of them have done, and write the report.
 
     Args:
         experiment: As :func:`read` returns it.
@@ -188,8 +187,12 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
             continue
-        shown = {label: [job for job in jobs if job.arm == arm and job.done(runs)] for label, arm in arms.items()}
-        if len([label for label in shown if shown[label]]) < 2 or not next(iter(shown.values())):
+        done = {label: {j.config.seed: j for j in jobs if j.arm == arm and j.done(runs)} for label, arm in arms.items()}
+        if not next(iter(done.values())) or len([label for label in done if done[label]]) < 2:
+            continue
+        seeds = set.intersection(*(set(found) for found in done.values() if found))  # like with like
+        shown = {label: [found[seed] for seed in sorted(seeds)] for label, found in done.items() if found}
+        if not seeds:
             continue
         folders = [f"{label}={runs / job.name}" for label in shown for job in shown[label]]
         teachers = frozenset[str]().union(*(job.needs for found in shown.values() for job in found))
@@ -263,12 +266,13 @@ def draw(points: list[Point], out: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "sweep"  # the same bytes for the same runs
     figure, axis = plt.subplots(figsize=(9.5, 5.5), constrained_layout=True)
-    methods = dict.fromkeys(point.method for point in points)
-    for method, color in zip(methods, itertools.cycle(["#c8442a", "#2a6fc8", "#2f8f46"])):  # noqa: B905
+    methods = list(dict.fromkeys(point.method for point in points))
+    for number, method in enumerate(methods):
+        color = ["#c8442a", "#2a6fc8", "#2f8f46"][number % 3]
         own = [point for point in points if point.method == method]
         axis.plot([], [], "o", color=color, ms=8, label=method)
         for point in own:
-            height = 100 * point.share if point.share else 104
+            height = 100 * point.share if point.share else 104 + 4 * number  # above the line, a row for each method
             axis.plot(point.lead, height, "o" if point.share else "^", color=color, ms=8)
             text = point.arm if point.share else f"{point.arm}: never"
             axis.annotate(
@@ -283,7 +287,7 @@ def draw(points: list[Point], out: Path) -> None:
         (0.99, "students that do not", "right"),
     ):
         axis.text(side, 0.02, text, transform=axis.transAxes, ha=where, color="#666666")
-    axis.set_ylim(min(30.0, *(100 * point.share - 5 for point in points if point.share)), 109)
+    axis.set_ylim(min(30.0, *(100 * point.share - 5 for point in points if point.share)), 108 + 4 * len(methods))
     axis.margins(x=0.12)
     counts = " to ".join(map(str, sorted({point.seeds for point in points})))
     axis.set_title(f"What guidance saves, over the lead of its teacher (seeds: {counts})", loc="left", fontsize=11)

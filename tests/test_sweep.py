@@ -65,7 +65,7 @@ def test_settings_and_folder_from_the_command_line(experiment):
 def test_the_report_has_every_table_whose_baseline_is_done(experiment, monkeypatch):
     jobs, runs = sweep.plan(experiment), Path("runs")
     runs.mkdir()
-    for job in jobs[:3]:
+    for job in jobs[:4]:  # the second seed of the plain arm has nothing to be compared with
         (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
     experiment.tables.two = {"with LET": "guided", "plain": "plain"}
     called = []
@@ -84,7 +84,8 @@ def test_the_report_has_every_table_whose_baseline_is_done(experiment, monkeypat
     assert [call[2:] for call in called[:2]] == [[*teacher, "--out", str(runs / name)] for name in ("one", "two")]
     report = (runs / "report.md").read_text()
     assert "## one\n\n| table 1 |" in report and "## two\n\n| table 2 |" in report and "torch " in report
-    (runs / "plain-s3.done").unlink()
+    for name in ("plain-s3", "plain-s4"):
+        (runs / f"{name}.done").unlink()
     called.clear()
     sweep.tables(experiment, jobs, "one")
     assert not called
