@@ -12,7 +12,7 @@ annealing; with ``disagreement`` the guidance ends once the averaged cosine has 
 only. To see what a weight of 1 amounts to in a run of your own, for as many batches as it takes:
 
     python scripts/train.py yamls/pretrained_baseline.yaml "code_paths=[scripts/gradient_probe.py]" max_duration=20ba \
-        "algorithms.let_probe={teacher: data/offline/smollm2-135m, weight: 1.0, every: 1, stop: 1dur, anneal: constant}" \
+        "algorithms.let_probe={teacher: data/offline/smollm2-135m, weight: 1.0, every: 1, anneal: constant}" \
         console_log_interval=1ba global_train_batch_size=8 device_train_microbatch_size=8 run_name=probe
 """
 
