@@ -72,13 +72,13 @@ class LET(Algorithm):
             1.4B; students of a few million parameters needed 10 (README, evidence; ``scripts/gradient_probe.py``
             measures how much of the gradient it is).
         stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once,
-            and kept in checkpoints. Default: ``"0.5dur"``, our choice, the paper is silent; earlier stops
-            saved less in every pair of runs (README, evidence).
+            and kept in checkpoints. Default: ``"0.5dur"``, our choice, the paper is silent; an earlier one
+            saved less with 0.64M students (README, evidence).
         anneal: ``"linear"`` (paper) or ``"cosine"`` from ``weight`` to 0 at ``stop``; ``"constant"`` until ``stop``.
             Default: ``"linear"``.
         resize: Whose features are linearly interpolated where the widths differ, ``"teacher"`` or ``"student"``.
-            Default: ``"student"``, our choice: sources on the paper disagree, and it did better in every pair of
-            runs (README, evidence).
+            Default: ``"student"``, our choice: sources on the paper disagree, and it did better with 0.64M
+            students (README, evidence).
         normalize_teacher: ``"none"`` (paper); ``"center"`` subtracts the running mean of every teacher feature;
             ``"standardize"`` also divides by its running deviation. Statistics of earlier batches are used, so the very
             first batch is not normalised. Default: ``"none"``.

@@ -13,6 +13,7 @@ only. To see what a weight of 1 amounts to in a run of your own, for as many bat
 
     python scripts/train.py yamls/pretrained_baseline.yaml "code_paths=[scripts/gradient_probe.py]" max_duration=20ba \
         "algorithms.let_probe={teacher: data/offline/smollm2-135m, weight: 1.0, every: 1, anneal: constant}" \
+        algorithms.let_probe.stop=1dur save_folder=null autoresume=false eval_interval=1000ba \
         console_log_interval=1ba global_train_batch_size=8 device_train_microbatch_size=8 run_name=probe
 """
 

@@ -1,7 +1,7 @@
 """Run the arms of an experiment, each with several seeds, and compare them.
 
     python scripts/sweep.py yamls/evidence.yaml                          # everything that has not been run yet
-    python scripts/sweep.py yamls/evidence.yaml --only "weight-*" --seeds 17
+    python scripts/sweep.py yamls/evidence.yaml --only "strong-*" --seeds 17
     python scripts/sweep.py yamls/evidence.yaml --list                   # what would run
     python scripts/sweep.py yamls/evidence_125m.yaml --workers 1 variables.attention=flash     # settings for all runs
 
@@ -322,8 +322,8 @@ def _conditions(runs: Path) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
     return (
         f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
-        f"{platform.python_version()}, {versions}; commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}. Several "
-        "seeds: mean (min..max). Shares are of the baseline's mean. Times are wall clock, with other runs beside."
+        f"{platform.python_version()}, {versions}; tables made at commit {commit or 'unknown'}, "
+        f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max). Shares are of the baseline's mean. Times are wall clock, with other runs beside."
     )
 
 
