@@ -323,7 +323,8 @@ def _conditions(runs: Path) -> str:
     return (
         f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
         f"{platform.python_version()}, {versions}; tables made at commit {commit or 'unknown'}, "
-        f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max). Shares are of the baseline's mean. Times are wall clock, with other runs beside."
+        f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max). "
+        "Shares are of the baseline's mean. Times are wall clock, with other runs beside."
     )
 
 
