@@ -8,8 +8,11 @@ loss and of the alignment loss apart (two more partial backward passes) and logs
 * ``gradient_cosine`` between them.
 
 With ``balance`` the weight is set so that this ratio, averaged over the last measurements, is ``balance`` times the
-annealing; with ``disagreement`` the guidance ends once the averaged cosine has fallen below that number. One process
-only. To see what a weight of 1 amounts to in a run of your own, for as many batches as it takes:
+annealing; with ``disagreement`` the guidance ends once the averaged cosine has fallen below that number. With
+``offset`` one constant vector is added to all of the teacher's states, which tells them no less apart but makes their
+cosines high, as those of large models are: the same content, anisotropic. One process only.
+
+To see what a weight of 1 amounts to in a run of your own, for as many batches as it takes:
 
     python scripts/train.py yamls/pretrained_baseline.yaml "code_paths=[scripts/gradient_probe.py]" max_duration=20ba \
         "algorithms.let_probe={teacher: data/offline/smollm2-135m, weight: 1.0, every: 1, anneal: constant}" \
@@ -39,14 +42,21 @@ class ProbedLET(LET):
         every: Batches from one measurement to the next.
         balance: Ratio of gradient norms that sets the weight, which is then 1 in the options. Default: ``None``.
         disagreement: Mean gradient cosine that ends the guidance. Default: ``None``.
+        offset: Length of a constant vector, in a random direction, beside the mean length of the teacher's states: with
+            1.0 that vector scores about 0.7 against each of them. Default: 0, none.
         options: As for :class:`LET`.
     """
 
     def __init__(
-        self, every: int = 10, balance: float | None = None, disagreement: float | None = None, **options: Any
+        self,
+        every: int = 10,
+        balance: float | None = None,
+        disagreement: float | None = None,
+        offset: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.every, self.balance, self.disagreement = every, balance, disagreement
+        self.every, self.balance, self.disagreement, self.offset = every, balance, disagreement, offset
         self._hidden: Tensor | None = None
         self._norms: tuple[float, float] | None = None  # running means: language model's, alignment's (unweighted)
         self._agreement: float | None = None
@@ -62,6 +72,18 @@ class ProbedLET(LET):
                 return self._hidden
 
             capture.take = keep
+        if self.offset and (teacher := self._teacher) is not None:
+            hidden, constant = teacher.hidden, None
+
+            def shifted(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+                nonlocal constant
+                states = hidden(input_ids, attention_mask)
+                if constant is None:
+                    direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0)).to(states)
+                    constant = direction / direction.norm() * self.offset * states.norm(dim=-1).mean()
+                return states + constant
+
+            teacher.hidden = shifted
 
     def _weight_at(self, state: State) -> float:
         annealed = super()._weight_at(state)

@@ -10,12 +10,13 @@ the base, and tables of arms to be compared, the first of which is the baseline.
 baselines and their arms, to be set against how far the teacher is ahead of the baseline. Interrupt it when you like:
 the next call goes on with the runs that have not finished. Writes RUNS/<arm>-s<seed>.yaml (what was trained, to be
 repeated alone with train.py), .log and .done beside the folder that Composer logs into, RUNS/<table>.json, .png and
-.svg, the same for the overview, and all of it with its conditions as RUNS/report.md.
+.svg, the same for the overview, and RUNS/report.md: what each arm reached, and under which conditions.
 """
 
 import argparse
 import fcntl
 import fnmatch
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -175,7 +176,10 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
 
 
 def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
-    """Compare the arms of every table, with the seeds that all of them have done, and write the report.
+    """Compare the arms of every table and write the report.
+
+    In the report an arm stands beside the baseline's runs with the seeds that both have done; pictures and JSON, with
+    times and memory, are of the seeds that all of a table's arms have.
 
     Args:
         experiment: As :func:`read` returns it.
@@ -183,23 +187,24 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
         only: Pattern of the tables' names.
     """
     runs = Path(experiment.runs)
-    sections = []
+    read_run = functools.cache(compare.read_run)
+    sections: list[str] = []
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
             continue
         done = {label: {j.config.seed: j for j in jobs if j.arm == arm and j.done(runs)} for label, arm in arms.items()}
-        if not next(iter(done.values())) or len([label for label in done if done[label]]) < 2:
+        baseline, *others = done.values()
+        done = {label: found for label, found in done.items() if found.keys() & baseline.keys()}
+        if not baseline or not any(found.keys() & baseline.keys() for found in others):
             continue
-        seeds = set.intersection(*(set(found) for found in done.values() if found))  # like with like
-        shown = {label: [found[seed] for seed in sorted(seeds)] for label, found in done.items() if found}
-        if not seeds:
-            continue
-        folders = [f"{label}={runs / job.name}" for label in shown for job in shown[label]]
-        teachers = frozenset[str]().union(*(job.needs for found in shown.values() for job in found))
-        teacher = ["--teacher", str(runs / next(iter(teachers)))] if len(teachers) == 1 else []
         print(f"\n## {name}\n")
-        summary = compare.main([*folders, *teacher, "--out", str(runs / name)])
-        sections += [f"## {name}", "", compare.table(summary), ""]
+        sections += [f"## {name}", "", *_rows(done, runs, read_run), ""]
+        if seeds := set.intersection(*(set(found) for found in done.values())):  # like with like
+            shown = {label: [found[seed] for seed in sorted(seeds)] for label, found in done.items()}
+            folders = [f"{label}={runs / job.name}" for label in shown for job in shown[label]]
+            teachers = _teachers(job for found in shown.values() for job in found)
+            teacher = ["--teacher", str(runs / next(iter(teachers)))] if len(teachers) == 1 else []
+            compare.main([*folders, *teacher, "--out", str(runs / name)])
     if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
         draw(points, runs / "overview")
         sections = ["## overview", "", *_overview_table(points), "", *sections]
@@ -207,6 +212,47 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
         partial = runs / "report.md.partial"
         partial.write_text("\n".join([_conditions(runs), "", *sections]))
         partial.replace(runs / "report.md")
+
+
+def _teachers(jobs: Iterable[Job]) -> frozenset[str]:
+    return frozenset[str]().union(*(job.needs for job in jobs))
+
+
+def _rows(done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path], compare.Run]) -> list[str]:
+    """One table of the report: label, seed and run of its arms, the baseline first."""
+    baseline, plain = next(iter(done.items()))
+    lines = [
+        "| arm | seeds | final loss | gain | tokens to the baseline's final loss | passes its teacher at |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, found in done.items():
+        seeds = sorted(found.keys() & plain.keys())
+        of = {arm: [read_run(runs / done[arm][seed].name) for seed in seeds] for arm in (baseline, label)}
+        every = (job for arm in done.values() for job in arm.values())
+        teachers = _teachers(every if label == baseline else found.values())
+        summary = compare.summarize(of, read_run(runs / next(iter(teachers))) if len(teachers) == 1 else None)
+        whole, own = (summary["arms"][i]["over_seeds"] for i in (0, -1))
+        tokens = whole["tokens"]["mean"]
+        gain, share = "", "100%"
+        if label != baseline:
+            gain = f"{whole['final_loss']['mean'] - own['final_loss']['mean']:+.3f}" if own["final_loss"] else "-"
+            share = _cell(own["tokens_to_baseline_loss"], tokens, ".0%", len(seeds)) or "never"
+        passed = _cell(own["tokens_to_teacher_loss"], tokens, ".0%", len(seeds))
+        if not passed and len(teachers) == 1:
+            passed = "never"
+        lines.append(
+            f"| {label} | {len(seeds)} | {_cell(own['final_loss'], 1, '.3f', len(seeds)) or 'not a number'} | {gain} "
+            f"| {share} | {passed} |"
+        )
+    return lines
+
+
+def _cell(values: dict[str, float] | None, scale: float, form: str, seeds: int) -> str:
+    if values is None:
+        return ""
+    mean, low, high = (format(values[key] / scale, form) for key in ("mean", "min", "max"))
+    band = f" ({low}..{high})" if seeds > 1 else ""
+    return mean + band + ("" if values["n"] == seeds else f", {values['n']:.0f} of {seeds} seeds")
 
 
 @dataclass(frozen=True)
@@ -324,7 +370,8 @@ def _conditions(runs: Path) -> str:
         f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
         f"{platform.python_version()}, {versions}; tables made at commit {commit or 'unknown'}, "
         f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max). "
-        "Shares are of the baseline's mean. Times are wall clock, with other runs beside."
+        "An arm stands beside the baseline's runs of the same seeds; shares are of the tokens of the whole run, gain "
+        "is in the mean of the final validation losses, in nats per token."
     )
 
 

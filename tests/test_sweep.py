@@ -62,38 +62,53 @@ def test_settings_and_folder_from_the_command_line(experiment):
     assert (small.config.variables.runs, small.config.max_duration) == ("elsewhere/runs", "9ba")  # an arm's own wins
 
 
-def test_the_report_has_every_table_whose_baseline_is_done(experiment, monkeypatch):
-    jobs, runs = sweep.plan(experiment), Path("runs")
-    runs.mkdir()
-    for job in jobs[:4]:  # the second seed of the plain arm has nothing to be compared with
-        (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
-    experiment.tables.two = {"with LET": "guided", "plain": "plain"}
-    called = []
-
-    def main(arguments):
-        called.append(arguments)
-        return {}
-
-    monkeypatch.setattr(sweep.compare, "main", main)
-    monkeypatch.setattr(sweep.compare, "table", lambda _: f"| table {len(called)} |")
-    monkeypatch.setattr(sweep, "overview", lambda *_: [])
-    sweep.tables(experiment, jobs)
-    plain, guided = f"plain={runs / 'plain-s3'}", f"with LET={runs / 'guided-s3'}"
-    teacher = ["--teacher", str(runs / "small")]
-    assert [sorted(call[:2]) for call in called[:2]] == [[plain, guided]] * 2
-    assert [call[2:] for call in called[:2]] == [[*teacher, "--out", str(runs / name)] for name in ("one", "two")]
-    report = (runs / "report.md").read_text()
-    assert "## one\n\n| table 1 |" in report and "## two\n\n| table 2 |" in report and "torch " in report
-    for name in ("plain-s3", "plain-s4"):
-        (runs / f"{name}.done").unlink()
-    called.clear()
-    sweep.tables(experiment, jobs, "one")
-    assert not called
-
-
 def curve(name, *losses):
     tokens = np.arange(1, len(losses) + 1) * 10.0
     return sweep.compare.Run(name, (tokens, np.array(losses)), (tokens, tokens), {}, None, None, None)
+
+
+def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experiment, monkeypatch):
+    experiment.arms.update({"late": experiment.arms.guided, "alone": {}})
+    experiment.tables = {
+        "one": {"plain": "plain", "with LET": "guided", "worse": "late", "to come": "alone"},
+        "two": {"with LET": "guided", "plain": "plain"},
+        "three": {"to come": "alone", "plain": "plain"},
+    }
+    jobs, runs = sweep.plan(experiment), Path("runs")
+    runs.mkdir()
+    losses = {
+        "small": (4.5,),
+        "plain-s3": (6.0, 5.0, 4.0),
+        "plain-s4": (6.0, 5.0, 3.0),
+        "guided-s3": (5.0, 3.5, 3.0),
+        "guided-s4": (5.0, 3.5, 2.0),
+        "late-s4": (7.0, 6.0, 5.0),
+    }
+    for job in jobs:
+        if job.name in losses:
+            (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
+    called = []
+    monkeypatch.setattr(sweep.compare, "read_run", lambda path: curve(path.name, *losses[path.name]))
+    monkeypatch.setattr(sweep.compare, "main", called.append)
+    monkeypatch.setattr(sweep, "overview", lambda *_: [])
+    sweep.tables(experiment, jobs)
+    report = (runs / "report.md").read_text()
+    first, second = report.split("## one\n")[1].split("## two\n")
+    assert "torch " in report and "three" not in report and "to come" not in report
+    assert first.strip().splitlines()[2:] == [
+        "| plain | 2 | 3.500 (3.000..4.000) |  | 100% | 79% (75%..83%) |",
+        "| with LET | 2 | 2.500 (2.000..3.000) | +1.000 | 67% (67%..67%) | 44% (44%..44%) |",
+        "| worse | 1 | 5.000 | -2.000 | never | never |",  # against the baseline of seed 4 alone
+    ]
+    assert second.strip().splitlines()[3] == "| plain | 2 | 3.500 (3.000..4.000) | -1.000 | never |  |"
+    arms = {"plain": "plain", "with LET": "guided", "worse": "late"}
+    folders = [f"{label}={runs / arm}-s4" for label, arm in arms.items()]
+    assert called[0] == [*folders, "--teacher", str(runs / "small"), "--out", str(runs / "one")]
+    (runs / "plain-s3.done").unlink()
+    (runs / "plain-s4.done").unlink()
+    called.clear()
+    sweep.tables(experiment, jobs, "one")
+    assert not called
 
 
 def test_the_overview_sets_what_an_arm_saves_against_the_lead_of_its_teacher(experiment, tmp_path, monkeypatch):
@@ -189,3 +204,14 @@ def test_the_balance_sets_the_ratio_and_a_disagreement_ends_the_guidance(train, 
     assert sum(metrics(balanced, "let/gradient_ratio")[1:]) / 5 == pytest.approx(2.0, rel=0.3)
     ended = train(gradient_probe.ProbedLET(every=1, disagreement=1.1, **options))
     assert metrics(ended, "let/active") == [1.0, 0.0]
+
+
+def test_the_offset_makes_the_teacher_anisotropic_and_centring_takes_it_away(train, teacher_folder):
+    options = {"teacher": teacher_folder, "weight": 0.5, "stop": "1dur", "student_layer": 2, "resize": "teacher"}
+
+    def scores(**more):
+        return metrics(train(gradient_probe.ProbedLET(**options, **more)), "let/constant_cosine")
+
+    plain, shifted, centred = scores(), scores(offset=4.0), scores(offset=4.0, normalize_teacher="center")
+    assert max(plain[1:]) < 0.5 < 0.9 < min(shifted)
+    assert max(centred[2:]) < 0.5  # the first batch has no mean yet
