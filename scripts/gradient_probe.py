@@ -8,7 +8,8 @@ loss and of the alignment loss apart (two more partial backward passes) and logs
 * ``gradient_cosine`` between them.
 
 With ``balance`` the weight is set so that this ratio, averaged over the last measurements, is ``balance`` times the
-annealing; with ``disagreement`` the guidance ends once the averaged cosine has fallen below that number. With
+annealing; with ``disagreement`` the guidance ends once the averaged cosine has fallen below that number, after it was
+above it (an untrained student's gradients are orthogonal to each other). With
 ``offset`` one constant vector is added to all of the teacher's states, which tells them no less apart but makes their
 cosines high, as those of large models are: the same content, anisotropic. One process only.
 
@@ -41,7 +42,7 @@ class ProbedLET(LET):
     Args:
         every: Batches from one measurement to the next.
         balance: Ratio of gradient norms that sets the weight, which is then 1 in the options. Default: ``None``.
-        disagreement: Mean gradient cosine that ends the guidance. Default: ``None``.
+        disagreement: Mean gradient cosine that ends the guidance when it falls below. Default: ``None``.
         offset: Length of a constant vector, in a random direction, beside the mean length of the teacher's states: with
             1.0 that vector scores about 0.7 against each of them. Default: 0, none.
         options: As for :class:`LET`.
@@ -59,7 +60,8 @@ class ProbedLET(LET):
         self.every, self.balance, self.disagreement, self.offset = every, balance, disagreement, offset
         self._hidden: Tensor | None = None
         self._norms: tuple[float, float] | None = None  # running means: language model's, alignment's (unweighted)
-        self._agreement: float | None = None
+        self._agreement: float | None = None  # running mean of the cosine
+        self._agreed = False  # was it ever above ``disagreement``?
         self._measured: dict[str, float] = {}
 
     def _set_up(self, state: State, logger: Logger) -> None:
@@ -87,8 +89,10 @@ class ProbedLET(LET):
 
     def _weight_at(self, state: State) -> float:
         annealed = super()._weight_at(state)
-        if self.disagreement is not None and self._agreement is not None and self._agreement < self.disagreement:
-            return 0.0
+        if self.disagreement is not None and self._agreement is not None:
+            self._agreed = self._agreed or self._agreement >= self.disagreement
+            if self._agreed and self._agreement < self.disagreement:
+                return 0.0
         if self.balance is None or self._norms is None:
             return annealed
         language, alignment = self._norms

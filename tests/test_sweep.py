@@ -198,12 +198,15 @@ def test_the_probe_changes_nothing_and_measures_the_gradients(train, teacher_fol
     assert all(abs(value) <= 1 for value in metrics(probed, "let/gradient_cosine"))
 
 
-def test_the_balance_sets_the_ratio_and_a_disagreement_ends_the_guidance(train, teacher_folder):
+def test_the_balance_sets_the_ratio_and_a_disagreement_ends_the_guidance(train, teacher_folder, monkeypatch):
     options = {"teacher": teacher_folder, "weight": 1.0, "stop": "1dur", "anneal": "constant", "student_layer": 2}
     balanced = train(gradient_probe.ProbedLET(every=1, balance=2.0, **options))
     assert sum(metrics(balanced, "let/gradient_ratio")[1:]) / 5 == pytest.approx(2.0, rel=0.3)
-    ended = train(gradient_probe.ProbedLET(every=1, disagreement=1.1, **options))
-    assert metrics(ended, "let/active") == [1.0, 0.0]
+    never_agreed = train(gradient_probe.ProbedLET(every=1, disagreement=1.1, **options))
+    assert set(metrics(never_agreed, "let/active")[:-1]) == {1.0}
+    probe = gradient_probe.ProbedLET(every=1, disagreement=1.1, **options)
+    monkeypatch.setattr(probe, "_agreed", True)
+    assert metrics(train(probe), "let/active") == [1.0, 0.0]
 
 
 def test_the_offset_makes_the_teacher_anisotropic_and_centring_takes_it_away(train, teacher_folder):
