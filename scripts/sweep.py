@@ -41,6 +41,7 @@ import compare  # noqa: E402
 __all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
 
 APART = 10  # seconds between two starts: streaming's search for a free name in shared memory is no atomic one
+PALETTE = ("#c8442a", "#2a6fc8", "#2f8f46", "#8a52b0", "#b8860b")
 KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables", "overview"}
 
 
@@ -314,7 +315,7 @@ def draw(points: list[Point], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(9.5, 5.5), constrained_layout=True)
     methods = list(dict.fromkeys(point.method for point in points))
     for number, method in enumerate(methods):
-        color = ["#c8442a", "#2a6fc8", "#2f8f46"][number % 3]
+        color = PALETTE[number % len(PALETTE)]
         own = [point for point in points if point.method == method]
         axis.plot([], [], "o", color=color, ms=8, label=method)
         for point in own:
