@@ -330,8 +330,8 @@ def draw(points: list[Point], out: Path) -> None:
     axis.set_xlabel("lead of the teacher: the baseline's final loss minus the teacher's [nats/token]")
     axis.set_ylabel("tokens to the baseline's final loss [% of its own]")
     for side, text, where in (
-        (0.01, "students that overtake their teacher", "left"),
-        (0.99, "students that do not", "right"),
+        (0.01, "unguided, the student overtakes the teacher", "left"),
+        (0.99, "unguided, it does not", "right"),
     ):
         axis.text(side, 0.02, text, transform=axis.transAxes, ha=where, color="#666666")
     axis.set_ylim(min(30.0, *(100 * point.share - 5 for point in points if point.share)), 108 + 4 * len(methods))
