@@ -9,9 +9,9 @@ loss and of the alignment loss apart (two more partial backward passes) and logs
 
 With ``balance`` the weight is set so that this ratio, averaged over the last measurements, is ``balance`` times the
 annealing; with ``disagreement`` the guidance ends once the averaged cosine has fallen below that number, after it was
-above it (an untrained student's gradients are orthogonal to each other). With
-``offset`` one constant vector is added to all of the teacher's states, which tells them no less apart but makes their
-cosines high, as those of large models are: the same content, anisotropic. One process only.
+above it (an untrained student's gradients are orthogonal to each other). With ``offset`` one constant vector is added
+to all of the teacher's states, which tells them no less apart but makes their cosines high, as those of large models
+are: the same content, anisotropic. One process only.
 
 To see what a weight of 1 amounts to in a run of your own, for as many batches as it takes:
 
