@@ -28,12 +28,12 @@ from composer import Callback, DataSpec, Event, Logger, State, Trainer
 from llmfoundry.utils.builders import build_composer_model
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
-from plan import HARDWARE, Hardware, Plan, make_plan, teacher_config
 from torch.utils.data import DataLoader
 from train import load
 from transformers import AutoConfig, AutoModel
 
 from let_composer import LET
+from let_composer.planning import HARDWARE, Hardware, Plan, make_plan, teacher_config
 
 __all__ = ["Measurement", "main", "measure", "table"]
 
