@@ -1,6 +1,7 @@
 """``let-composer VERB ...``: one command for everything but training, which stays llm-foundry's."""
 
 import argparse
+import difflib
 import importlib
 import sys
 
@@ -13,6 +14,9 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "prepare": ("let_composer.data.prepare", "turn text into streaming shards"),
     "verify": ("let_composer.data.verify", "read shards back and check hashes, counts and token ids"),
+    "plan": ("let_composer.planning", "FLOPs, memory, time and price of a run, before it costs anything"),
+    "compare": ("let_composer.comparing", "runs by what they logged: verdict, table, picture, page"),
+    "yaml": ("let_composer.examples", "print an example YAML"),
 }
 
 
@@ -34,14 +38,17 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=let_composer.__version__)
-    top.add_argument("verb", choices=VERBS, metavar="VERB")
+    top.add_argument("verb", metavar="VERB")
     verb = top.parse_args(argv[:1]).verb
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        top.error(f"there is no verb {verb!r}. {f'Did you mean {near[0]}?' if near else ''}")
     module = importlib.import_module(VERBS[verb][0])
     parser = argparse.ArgumentParser(
         f"let-composer {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
+    args = parser.parse_intermixed_args(argv[1:])  # positional arguments may follow options
     try:
         return module.run(args) or 0
     except (ValueError, OSError) as error:
