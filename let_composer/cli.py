@@ -16,6 +16,7 @@ VERBS = {
     "verify": ("let_composer.data.verify", "read shards back and check hashes, counts and token ids"),
     "plan": ("let_composer.planning", "FLOPs, memory, time and price of a run, before it costs anything"),
     "compare": ("let_composer.comparing", "runs by what they logged: verdict, table, picture, page"),
+    "eval": ("let_composer.evaluating", "in-context tasks, for Hugging Face models and Composer checkpoints"),
     "yaml": ("let_composer.examples", "print an example YAML"),
 }
 
