@@ -83,7 +83,7 @@ def results(checkpoints) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def single(tokenizer, teacher_folder, train) -> Any:
     return train(
-        LET(teacher_folder, stop="3ba", weight=1.0, normalize_teacher="standardize"),
+        LET(teacher_folder, stop="3ba", weight="auto", normalize_teacher="standardize"),
         data=build_data(tokenizer, ragged=True),
         max_duration="4ba",
     )
@@ -122,6 +122,10 @@ def test_different_teachers_are_refused_with_their_ranks(results):
         message = result["refused"]["teachers"]
         assert "expected the same teacher on every rank" in message
         assert "(rank 0 " in message and "; rank 1 " in message
+
+
+def test_microbatches_found_by_fit_are_refused_with_a_sharded_teacher(results):
+    assert all("does not work with device_train_microbatch_size: auto" in r["refused"]["shard_auto"] for r in results)
 
 
 def test_tensor_parallelism_is_refused(results):

@@ -57,6 +57,24 @@ def test_the_whole_list_can_be_given_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("algorithms.let=null", {"gradient_clipping"}),
+        ("algorithms={let: null}", {"gradient_clipping"}),
+        ("algorithms=null", set()),
+        ("algorithms=[]", set()),
+        ("algorithms={}", set()),
+    ],
+)
+def test_null_removes_on_the_command_line_and_in_a_second_yaml(tmp_path, given, left):
+    path = write(tmp_path / "run.yaml", "\n  gradient_clipping: {clipping_type: norm}\n  let: {weight: 0.3}")
+    second = tmp_path / "second.yaml"
+    om.save(om.from_cli([given]), second)
+    assert set(script.load(path, [given]).algorithms) == set(script.load(path, [str(second)]).algorithms) == left
+    assert script.load(path, [str(second), "algorithms=[let]"]).algorithms.let == {}
+
+
+@pytest.mark.parametrize(
     ("algorithms", "message"),
     [
         (" [lett]", "no algorithm 'lett'. Did you mean 'let'?"),
