@@ -1,5 +1,6 @@
 """Which module is block k of a decoder, and its output once per forward. The same for students and teachers."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +13,21 @@ __all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameter
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+_ADVICE = (
+    "Name the block whose output is to be used by its dotted path, "
+    "for example student_layer: model.transformer.blocks.2"
+)
+
+
+def find_blocks(model: nn.Module, advice: str = _ADVICE) -> tuple[str, nn.ModuleList]:
     """Find the decoder's list of blocks by structure: the outermost ``nn.ModuleList`` of modules of one class.
 
-    Where a model has several such lists, the one as long as the configuration says there are layers.
+    Hybrids have blocks of several classes: a list as long as the configuration says there are layers is one too. Where
+    a model has several lists, the one of that length.
 
     Args:
         model: Any causal LM, wrapped by FSDP, activation checkpointing or torch.compile or not.
+        advice: What to do where there is no telling, for the message.
 
     Returns:
         The dotted path of the list and the list. Its items are the outermost objects, wrappers included.
@@ -26,16 +35,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: If there is no such list or no telling which one is meant.
     """
-    lists = [(name, blocks) for name, blocks in _outermost_lists(model) if len({_kind(b) for b in blocks}) == 1]
+    expected = depth(model)
+    lists = [
+        (name, blocks)
+        for name, blocks in _outermost_lists(model)
+        if len(blocks) == expected or len({_kind(b) for b in blocks}) == 1
+    ]
     if len(lists) > 1:
-        expected = depth(model)
         lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected] or lists
     if len(lists) == 1:
         return lists[0]
     found = ", ".join(f"{name} ({len(blocks)} x {_kind(blocks[0]).__name__})" for name, blocks in lists) or "none"
     raise ValueError(
-        f"expected one list of decoder blocks in {_kind(model).__name__}, found {len(lists)}: {found}. Name the block "
-        "whose output is to be used by its dotted path, for example student_layer: model.transformer.blocks.2"
+        f"expected one list of decoder blocks in {_kind(model).__name__}, found {len(lists)}: {found}. {advice}"
     )
 
 
@@ -91,9 +103,9 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
 class Capture:
     """Keeps the output of one module, for the forward after ``arm`` only.
 
-    Evaluation, generation and dry passes run the same module unarmed and leave nothing behind. The hook is a plain
-    function on the outermost object of the block: activation checkpointing recomputes inside it without firing it
-    again, and a copy of the model does not copy what was captured.
+    Evaluation, generation and dry passes run the same module unarmed and leave nothing behind. The hook is on the
+    outermost object of the block: activation checkpointing recomputes inside it without firing it again. A copy of the
+    model, pickled ones included, has a hook that does nothing.
 
     Args:
         module: A decoder block; its output is a tensor ``[B, S, D]`` or a tuple that starts with one.
@@ -102,12 +114,7 @@ class Capture:
     def __init__(self, module: nn.Module) -> None:
         self.armed = False
         self.hidden: Tensor | None = None
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.armed:
-                self.hidden = output[0] if isinstance(output, tuple) else output
-
-        self._handle = module.register_forward_hook(hook)
+        self._handle = module.register_forward_hook(_Hook(self))
 
     def arm(self) -> None:
         """Keep the output of the next forward."""
@@ -138,6 +145,18 @@ class Capture:
         """Clear, and take the hook off the module."""
         self.clear()
         self._handle.remove()
+
+
+class _Hook:
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._capture.armed:
+            self._capture.hidden = output[0] if isinstance(output, tuple) else output
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to a function that takes anything and returns None, of the library's
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def matmul_parameters(model: nn.Module) -> int:
