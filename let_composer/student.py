@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from let_composer.balance import measured
+
 __all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameters", "resolve_layer"]
 
 # Attributes under which FSDP1, activation checkpointing and torch.compile keep the module they wrap.
@@ -114,11 +116,18 @@ class Capture:
     def __init__(self, module: nn.Module) -> None:
         self.armed = False
         self.hidden: Tensor | None = None
+        self.sink: Tensor | None = None
         self._handle = module.register_forward_hook(_Hook(self))
 
-    def arm(self) -> None:
-        """Keep the output of the next forward."""
+    def arm(self, sink: Tensor | None = None) -> None:
+        """Keep the output of the next forward.
+
+        Args:
+            sink: What is to hold the squared norm of the gradient that comes back to this output from the layers behind
+                it; see :func:`let_composer.balance.measured`. Default: ``None``, not measured.
+        """
         self.hidden = None
+        self.sink = sink
         self.armed = True
 
     def clear(self) -> None:
@@ -151,9 +160,14 @@ class _Hook:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._capture.armed:
-            self._capture.hidden = output[0] if isinstance(output, tuple) else output
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._capture.armed:
+            return None
+        self._capture.hidden = hidden = output[0] if isinstance(output, tuple) else output
+        if self._capture.sink is None or not hidden.requires_grad:
+            return None
+        hidden = measured(hidden, self._capture.sink)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def __reduce__(self) -> tuple[Any, ...]:  # to a function that takes anything and returns None, of the library's
         return getattr, (contextlib.nullcontext(), "__exit__")
