@@ -83,11 +83,13 @@ class TestAccumulation:
             seen.append(mask is not None)
             return hidden(self, ids, mask, sequence_id)
 
-        monkeypatch.setattr(Teacher, "hidden", spy)
         if needed:  # as with padding in front, which MPT cannot train on
             monkeypatch.setattr("let_composer.guidance.needs_mask", lambda mask: True)
         data = build_data(tokenizer, ragged=True)
-        train(LET(teacher_folder, stop="2ba", weight=1.0), data=data, device_train_microbatch_size=4)
+        options = {"data": data, "device_train_microbatch_size": 4, "fit": False}
+        trainer = train(LET(teacher_folder, stop="2ba", weight=1.0), **options)
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        trainer.fit()
         assert seen == [needed] * 4
 
     def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, teacher_folder):
@@ -158,8 +160,9 @@ class TestNumbers:
             states[0, 0], states[0, 1, 3] = float("inf"), float("nan")
             return states
 
+        trainer = train(LET(teacher_folder, stop="6ba", weight=1.0, normalize_teacher="standardize"), fit=False)
         monkeypatch.setattr(Teacher, "hidden", poisoned)
-        trainer = train(LET(teacher_folder, stop="6ba", weight=1.0, normalize_teacher="standardize"))
+        trainer.fit()
         assert all(torch.isfinite(p).all() for p in trainer.state.model.parameters())
         assert all(-1 < value < 1 for value in metrics(trainer, "let/loss"))
 
@@ -366,8 +369,9 @@ class TestMetrics:
             states[:, : LENGTH // 2] = float("nan")
             return states
 
+        trainer = train(LET(teacher_folder, stop="3ba", weight=1.0), device_train_microbatch_size=3, fit=False)
         monkeypatch.setattr(Teacher, "hidden", poisoned)
-        trainer = train(LET(teacher_folder, stop="3ba", weight=1.0), device_train_microbatch_size=3)
+        trainer.fit()
         assert metrics(trainer, "let/usable") == pytest.approx([(LENGTH / 2 - 1) / (LENGTH - 1)] * 3)
         assert caplog.text.count("let/usable is 0.47") == 1
 
@@ -432,7 +436,6 @@ class TestBatches:
             seen.append(sequence_id is not None)
             return hidden(self, ids, mask, sequence_id)
 
-        monkeypatch.setattr(Teacher, "hidden", spy)
         loader: Any = build_data(tokenizer).dataloader
         collate = loader.collate_fn
 
@@ -443,5 +446,7 @@ class TestBatches:
         loader = torch.utils.data.DataLoader(loader.dataset, batch_size=8, collate_fn=packed)
         data = DataSpec(loader, get_num_tokens_in_batch=build_data(tokenizer).get_num_tokens_in_batch)
         model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": separate})
-        train(LET(teacher_folder, stop="1ba"), data=data, model=model, max_duration="1ba")
+        trainer = train(LET(teacher_folder, stop="1ba"), data=data, model=model, max_duration="1ba", fit=False)
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        trainer.fit()
         assert seen == [separate]

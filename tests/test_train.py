@@ -160,7 +160,7 @@ callbacks:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # llm-foundry's, streaming's and multiprocessing's own; what is tested is the run
-def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder):
+def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder, caplog):
     """Through llm-foundry's own entry, not ours."""
 
     def run(let: str) -> Any:
@@ -173,6 +173,8 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
 
     plain = run("")
     guided = run(f"  let: {{teacher: {teacher_folder}, weight: 1.0, stop: 0.5dur}}")
+    for line in ("for model.transformer.blocks.2", "LET guides until 3ba", "the teacher is released"):
+        assert line in caplog.text
     assert guided["let/weight"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
     assert len(guided["let/loss"]) == 3
     assert len(guided["loss/train/total"]) == len(plain["loss/train/total"]) == 6
