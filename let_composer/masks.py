@@ -22,7 +22,7 @@ def positions(sequence_id: Tensor, attention_mask: Tensor | None = None) -> Tens
 
 
 def block_diagonal(position: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores so that a token sees only itself and what precedes it in its document, ``[B, 1, S, S]``.
+    """Added to the scores ``[B, 1, S, S]``, lets a token see only itself and what precedes it in its document.
 
     Args:
         position: Of :func:`positions`.

@@ -30,12 +30,12 @@ def download(name: str) -> None:
     Args:
         name: As in :class:`let_composer.teacher.Teacher`.
     """
-    path, options = source(name, False)
-    if "gguf_file" in options or _looks_local(path) or constants.HF_HUB_OFFLINE:
+    path, revision = _split_revision(name)
+    if name.endswith(".gguf") or _looks_local(path) or constants.HF_HUB_OFFLINE:
         return
     try:
-        files = wanted(HfApi().list_repo_files(path, revision=options["revision"]))
-        snapshot_download(path, revision=options["revision"], allow_patterns=files)
+        files = wanted(HfApi().list_repo_files(path, revision=revision))
+        snapshot_download(path, revision=revision, allow_patterns=files)
     except Exception as error:  # then the cache has it all, or loading says what is missing
         log.warning("teacher %r could not be downloaded, the hub's cache is used: %s", name, error)
 

@@ -87,8 +87,7 @@ class Teacher:
         self.context = _context_length(body.config)
         self.rows, width = body.get_input_embeddings().weight.shape
         self._capture = _cut(name, body, layer)
-        blocks = depth(body) or 0 if self._capture is None else len(find_blocks(body)[1])
-        self._attention = 4 * blocks * width  # FLOPs for one query and one key
+        self._attention = 4 * (depth(body) or 0) * width  # FLOPs for one query and one key
         self.body = body
         self._takes = inspect.signature(body.forward).parameters.keys()
         output = model.get_output_embeddings() if head else None
@@ -317,6 +316,9 @@ def _cut(name: str, body: Any, layer: int) -> Capture | None:
     if passed == len(blocks):
         return None
     del blocks[passed:]
+    for key in ("num_hidden_layers", "n_layers", "n_layer"):
+        if hasattr(body.config, key):
+            setattr(body.config, key, passed)
     return Capture(blocks[-1])
 
 
