@@ -16,8 +16,8 @@ from composer.utils import dist
 from torch import Tensor
 
 from let_composer.annealing import Anneal, annealed_weight, parse_stop, resolve_stop
+from let_composer.data.manifest import check_manifest
 from let_composer.loss import Implementation, Resize, alignment_loss, target_sum
-from let_composer.pile import check_manifest
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, matmul_parameters, resolve_layer
 from let_composer.teacher import Placement, Teacher, check_vocabulary, needs_mask, read_vocabulary
