@@ -75,26 +75,14 @@ def convert(
         with locked(folder):
             done = finished(out, manifest)
             if done is None:
-                check_work(folder, manifest, sources)
-                job = Job(
-                    tokenizer=serialized,
-                    eos=manifest["tokenizer"]["eos_id"],
-                    dtype=manifest["dtype"],
-                    sequence_length=plan.sequence_length,
-                    text_key=plan.text_key,
-                    validation=plan.validation,
-                    by_subset=plan.by_subset,
-                    stop=plan.on_error == "stop",
-                    shard_bytes=plan.shard_bytes,
-                    smallest=plan.piece_bytes >> 7,
-                    work=folder,
-                    remote=join(out) if "://" in out else None,
-                )
+                check_work(folder, manifest)
+                made, remote = manifest["tokenizer"], join(out) if "://" in out else None
+                job = Job(plan, serialized, made["eos_id"], manifest["dtype"], folder, remote)
                 if job.remote:
                     upload(folder, job.remote, [])
-                readings, records = _convert_pieces(plan, sources, job, workers, proportions, progress)
+                readings, records = _convert_pieces(job, sources, workers, proportions, progress)
                 done = manifest | {"left_out": left_out}
-                _finish(plan, done, sources, readings, records, job, out, proportions)
+                _finish(job, done, readings, records, out, proportions)
             clean(folder)
     if proportions:
         write_streams(out, done, proportions)
@@ -102,12 +90,7 @@ def convert(
 
 
 def _convert_pieces(
-    plan: Plan,
-    sources: list[Source],
-    job: Job,
-    workers: int | None,
-    proportions: dict[str, float] | None,
-    progress: bool,
+    job: Job, sources: list[Source], workers: int | None, proportions: dict[str, float] | None, progress: bool
 ) -> tuple[list[Reading], dict[str, Any]]:
     """Have all pieces written that are not yet; returns what was read, and the pieces' records in their order."""
     from tqdm import tqdm
@@ -116,7 +99,7 @@ def _convert_pieces(
     # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["let_composer.data.shards", "streaming"])
-    readings: list[Reading] = []
+    plan, stop, readings = job.plan, job.plan.on_error == "stop", []
     pending: dict[Any, tuple[int, int]] = {}
     positions = [0] * len(sources)
     bar = tqdm(total=sum(s.size or 0 for s in sources) or None, unit="B", unit_scale=True, disable=not progress)
@@ -125,10 +108,7 @@ def _convert_pieces(
         while len(pending) > most:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 number, position = pending.pop(future)
-                if proportions:
-                    check_proportions(proportions, future.result(), complete=False)
-                else:
-                    future.result()
+                check_proportions(proportions, future.result(), complete=False)
                 bar.update(max(position - positions[number], 0))
                 positions[number] = max(position, positions[number])
 
@@ -144,7 +124,7 @@ def _convert_pieces(
                     if not job.record(piece.name).exists():
                         collect(2 * workers - 1)
                         pending[pool.submit(write_piece, piece)] = number, piece.position
-            if reading.problem and job.stop:
+            if reading.problem and stop:
                 raise DataError(describe({"path": source.path, **reading.problem}))
             write_json(file, dataclasses.asdict(reading))
             readings.append(reading)
@@ -154,31 +134,28 @@ def _convert_pieces(
         bar.close()
     names = [piece_name(number, n) for number, reading in enumerate(readings) for n in range(reading.pieces)]
     records = {name: json.loads(job.record(name).read_text()) for name in names}
-    if problems := [p for record in records.values() for p in record["problems"]] if job.stop else []:
+    if problems := [p for record in records.values() for p in record["problems"]] if stop else []:
         raise DataError(describe(problems[0]))  # written by a call that skipped
     return readings, records
 
 
 def _finish(
-    plan: Plan,
+    job: Job,
     manifest: dict[str, Any],
-    sources: list[Source],
     readings: list[Reading],
     records: dict[str, Any],
-    job: Job,
     out: str,
     proportions: dict[str, float] | None,
 ) -> None:
-    problems = [{"path": s.path, **r.problem} for s, r in zip(sources, readings, strict=True) if r.problem]
+    plan, sources = job.plan, manifest["sources"]
+    problems = [{"path": s["path"], **r.problem} for s, r in zip(sources, readings, strict=True) if r.problem]
     counts = Counter(p["kind"] for p in problems)
     for record in records.values():
         counts.update(record["problem_counts"])
         problems += record["problems"]
     manifest["problems"] = {"counts": dict(sorted(counts.items())), "first": problems[:PROBLEMS_KEPT]}
-    manifest["sources"] = [
-        {"path": s.path, "bytes": s.size, "version": s.version, "sha256": r.sha256}
-        for s, r in zip(sources, readings, strict=True)
-    ]
+    for source, reading in zip(sources, readings, strict=True):
+        source["sha256"] = reading.sha256
     order = list(records)
     if plan.shuffle_seed is not None:
         order = np.random.default_rng(plan.shuffle_seed).permutation(order).tolist()

@@ -109,18 +109,18 @@ def wanted(plan: Plan, sources: list[Source]) -> tuple[dict[str, Any], str]:
         # llm-foundry widens whatever integers it finds; torch reads uint16 but no other unsigned type as widely.
         "dtype": "uint16" if size <= 1 << 16 else "int32",
         "arguments": arguments,
-        "sources": [{"path": s.path, "bytes": s.size} for s in sources],
+        "sources": [{"path": s.path, "bytes": s.size, "version": s.version} for s in sources],
         "versions": {p: version(p) for p in ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")},
     }
     return manifest, serialized
 
 
-def _different(found: dict[str, Any], expected: dict[str, Any]) -> str:
+def _different(found: dict[str, Any], expected: dict[str, Any], about: tuple[str, ...] = ("path", "bytes")) -> str:
     """Say what decides the bytes and differs: no versions, nor ``on_error``: the same, as far as it gets."""
 
     def flat(manifest: dict[str, Any]) -> dict[str, Any]:
-        sources = [{k: s.get(k) for k in ("path", "bytes")} for s in manifest.get("sources", [])]
-        values = {k: manifest.get(k) for k in ("format", "sequence_length", "dtype", "versions_of_sources")}
+        sources = [{k: s.get(k) for k in about} for s in manifest.get("sources", [])]
+        values = {k: manifest.get(k) for k in ("format", "sequence_length", "dtype")}
         values |= {f"tokenizer {k}": v for k, v in manifest.get("tokenizer", {}).items()}
         return values | manifest.get("arguments", {}) | {"sources": sources, "on_error": None}
 
@@ -176,12 +176,11 @@ def work_folder(out: str, work: str | None) -> Path:
     return inside / name
 
 
-def check_work(folder: Path, expected: dict[str, Any], sources: list[Source]) -> None:
+def check_work(folder: Path, expected: dict[str, Any]) -> None:
     """Claim a new folder for this plan, or go on in one that was claimed for the same; it is locked."""
     plan_file = folder / "plan.json"
-    expected = expected | {"versions_of_sources": [s.version for s in sources]}
     if plan_file.exists():
-        if different := _different(json.loads(plan_file.read_text()), expected):
+        if different := _different(json.loads(plan_file.read_text()), expected, ("path", "bytes", "version")):
             raise DataError(
                 f"{folder} holds the unfinished work of another call ({different}). Finish that call, or remove it: "
                 f"rm -r {folder}"

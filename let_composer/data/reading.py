@@ -37,14 +37,9 @@ class Reading:
 
 
 def read_pieces(source: Source, number: int, piece_bytes: int, reading: Reading, text_key: str) -> Iterator[Piece]:
-    """Cut a source at the first line or row after each ``piece_bytes`` decompressed bytes, and fill in ``reading``.
+    """Cut a source, the ``number``-th, at the first line or row after each ``piece_bytes`` decompressed bytes.
 
-    Args:
-        source: What to read.
-        number: Its place among the sources.
-        piece_bytes: Least bytes of a piece but the last.
-        reading: What was found; complete when the iterator ends.
-        text_key: Name of the column with the text, for sources that have columns.
+    ``reading`` is complete when the iterator ends; ``text_key`` is for sources that have columns.
     """
     if source.kind in ("parquet", "hf"):
         parts = _cut_rows((_hub_rows if source.kind == "hf" else _parquet_rows)(source, reading, text_key), piece_bytes)

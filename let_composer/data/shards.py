@@ -17,21 +17,12 @@ from typing import Any
 import numpy as np
 
 from let_composer.data import DataError, replacing, write_json
+from let_composer.data.plan import Plan
 from let_composer.data.reading import Piece
 from let_composer.data.streams import PILE_WEIGHTS
 from let_composer.data.tokens import STRETCH, UNLABELLED, Documents, Encoder
 
-__all__ = [
-    "HASH",
-    "SPLITS",
-    "Job",
-    "folder_name",
-    "leftovers",
-    "start_worker",
-    "upload",
-    "write_piece",
-    "write_shards",
-]
+__all__ = ["HASH", "SPLITS", "Job", "folder_name", "leftovers", "start_worker", "upload", "write_piece", "write_shards"]
 
 SPLITS = ("train", "validation")
 HASH = "xxh128"
@@ -39,18 +30,12 @@ HASH = "xxh128"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker needs to know besides the piece; ``smallest`` is the fewest bytes of tokens that make a shard."""
+    """What a worker needs to know besides the piece."""
 
+    plan: Plan
     tokenizer: str
     eos: int
     dtype: str
-    sequence_length: int
-    text_key: str
-    validation: float
-    by_subset: bool
-    stop: bool
-    shard_bytes: int
-    smallest: int
     work: Path
     remote: str | None
 
@@ -75,7 +60,7 @@ def start_worker(job: Job, environment: dict[str, str]) -> None:
 
 def write_piece(piece: Piece) -> set[str]:
     """Write a piece's shards, what is too little for one, and the record that says so; returns the subsets found."""
-    documents = Documents(piece, _job.text_key, _job.by_subset, _job.stop)
+    documents = Documents(piece, _job.plan.text_key, _job.plan.by_subset, _job.plan.on_error == "stop")
     end = np.array([_job.eos], _job.dtype)
     found: dict[tuple[str, str], Any] = {}
     pending: list[tuple[Any, str]] = []
@@ -87,7 +72,7 @@ def write_piece(piece: Piece) -> set[str]:
         pending.clear()
 
     for text, subset, place, size in documents:
-        key = subset, SPLITS[place < _job.validation]
+        key = subset, SPLITS[place < _job.plan.validation]
         about = found.setdefault(key, {"documents": 0, "bytes": 0, "parts": []})
         about["documents"] += 1
         about["bytes"] += size
@@ -100,11 +85,13 @@ def write_piece(piece: Piece) -> set[str]:
     streams, left = {}, [end[:0]]
     for (subset, split), about in sorted(found.items()):
         tokens = np.concatenate(about.pop("parts"))
-        whole = len(tokens) // _job.sequence_length * _job.sequence_length if tokens.nbytes >= _job.smallest else 0
+        rest = len(tokens) % _job.plan.sequence_length
+        whole = len(tokens) - rest if tokens.nbytes >= _job.plan.piece_bytes >> 7 else 0  # no tiny shards
         folder = f"{folder_name(subset)}{split}/{piece.name}"
-        shards = write_shards(_job, folder, tokens[:whole].reshape(-1, _job.sequence_length)) if whole else []
+        shards = write_shards(_job, folder, tokens[:whole].reshape(-1, _job.plan.sequence_length)) if whole else []
+        left_at = sum(map(len, left))
         left.append(tokens[whole:])
-        about |= {"tokens": len(tokens), "left": len(tokens) - whole, "shards": shards}
+        about |= {"tokens": len(tokens), "left": len(tokens) - whole, "left_at": left_at, "shards": shards}
         streams[f"{subset}/{split}"] = about
     with replacing(_job.work / "pieces" / f"{piece.name}.left") as partial:
         np.concatenate(left).tofile(partial)
@@ -127,9 +114,9 @@ def write_shards(job: Job, folder: str, samples: Iterable[np.ndarray]) -> list[d
 
     out = job.work / "out"
     with replacing(out / folder) as partial:
-        column = {"tokens": f"ndarray:{job.dtype}:{job.sequence_length}"}
+        column = {"tokens": f"ndarray:{job.dtype}:{job.plan.sequence_length}"}
         writer = MDSWriter(
-            columns=column, out=str(partial), compression="zstd", hashes=[HASH], size_limit=job.shard_bytes
+            columns=column, out=str(partial), compression="zstd", hashes=[HASH], size_limit=job.plan.shard_bytes
         )
         for sample in samples:
             writer.write({"tokens": sample})
@@ -154,17 +141,11 @@ def leftovers(job: Job, stream: str, records: dict[str, Any]) -> Iterator[np.nda
     for name, record in records.items():
         if stream not in record["streams"]:
             continue
-        keys = list(record["streams"])
-        before = sum(record["streams"][key]["left"] for key in keys[: keys.index(stream)])
-        part = np.fromfile(
-            job.work / "pieces" / f"{name}.left",
-            job.dtype,
-            count=record["streams"][stream]["left"],
-            offset=before * rest.itemsize,
-        )
-        rest = np.concatenate([rest, part])
-        whole = len(rest) // job.sequence_length * job.sequence_length
-        yield from rest[:whole].reshape(-1, job.sequence_length)
+        left, start = record["streams"][stream]["left"], record["streams"][stream]["left_at"] * rest.itemsize
+        file = job.work / "pieces" / f"{name}.left"
+        rest = np.concatenate([rest, np.fromfile(file, job.dtype, count=left, offset=start)])
+        whole = len(rest) // job.plan.sequence_length * job.plan.sequence_length
+        yield from rest[:whole].reshape(-1, job.plan.sequence_length)
         rest = rest[whole:]
 
 

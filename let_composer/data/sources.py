@@ -25,16 +25,10 @@ class Source:
 
 
 def list_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """Resolve files, folders, URLs and ``hf:`` names into sources, in a fixed order.
-
-    Args:
-        inputs: What the user named. Folders are searched for all formats, links followed; names may hold globs.
+    """Resolve files, folders, globs, URLs and ``hf:`` names into sources, in a fixed order, links followed.
 
     Returns:
         The sources, and a line for each file that was left out.
-
-    Raises:
-        DataError: Nothing there, or a format that is not read.
     """
     sources, left_out = [], []
     for name in inputs:

@@ -8,40 +8,19 @@ from let_composer.data import DataError
 __all__ = ["PILE_WEIGHTS", "check_proportions", "streams_block"]
 
 # Share of each subset in the Pile, in percent of the bytes that a model sees in one pass (Gao et al. 2020, table 1).
+# fmt: off
 PILE_WEIGHTS = {
-    "Pile-CC": 18.11,
-    "PubMed Central": 14.40,
-    "Books3": 12.07,
-    "OpenWebText2": 10.01,
-    "ArXiv": 8.96,
-    "Github": 7.59,
-    "FreeLaw": 6.12,
-    "StackExchange": 5.13,
-    "USPTO Backgrounds": 3.65,
-    "PubMed Abstracts": 3.07,
-    "Gutenberg (PG-19)": 2.17,
-    "OpenSubtitles": 1.55,
-    "Wikipedia (en)": 1.53,
-    "DM Mathematics": 1.24,
-    "Ubuntu IRC": 0.88,
-    "BookCorpus2": 0.75,
-    "EuroParl": 0.73,
-    "HackerNews": 0.62,
-    "YoutubeSubtitles": 0.60,
-    "PhilPapers": 0.38,
-    "NIH ExPorter": 0.30,
-    "Enron Emails": 0.14,
+    "Pile-CC": 18.11, "PubMed Central": 14.40, "Books3": 12.07, "OpenWebText2": 10.01, "ArXiv": 8.96, "Github": 7.59,
+    "FreeLaw": 6.12, "StackExchange": 5.13, "USPTO Backgrounds": 3.65, "PubMed Abstracts": 3.07,
+    "Gutenberg (PG-19)": 2.17, "OpenSubtitles": 1.55, "Wikipedia (en)": 1.53, "DM Mathematics": 1.24,
+    "Ubuntu IRC": 0.88, "BookCorpus2": 0.75, "EuroParl": 0.73, "HackerNews": 0.62, "YoutubeSubtitles": 0.60,
+    "PhilPapers": 0.38, "NIH ExPorter": 0.30, "Enron Emails": 0.14,
 }
+# fmt: on
 
 
 def check_proportions(proportions: dict[str, float] | None, subsets: set[str], complete: bool) -> None:
-    """Refuse proportions that do not fit the subsets found so far.
-
-    Args:
-        proportions: Weight of each subset, or None.
-        subsets: Names found.
-        complete: Whether there are no others.
-    """
+    """Refuse proportions that do not fit the subsets found so far, or all of them."""
     if proportions is None:
         return
     if bad := [f"{name}={weight}" for name, weight in proportions.items() if not 0 < weight < math.inf]:

@@ -25,12 +25,7 @@ PROBLEMS_KEPT = 100
 
 
 class Encoder:
-    """A tokenizer that reads special tokens as plain text and cuts long texts only where that changes no id.
-
-    Args:
-        tokenizer: What ``tokenizers.Tokenizer.to_str`` gives.
-        dtype: Of the ids.
-    """
+    """A tokenizer that reads special tokens as plain text and cuts long texts only where that changes no id."""
 
     def __init__(self, tokenizer: str, dtype: str) -> None:
         self.tokenizer, self.dtype = Tokenizer.from_str(tokenizer), dtype
@@ -82,14 +77,7 @@ class Encoder:
 
 
 class Documents:
-    """The documents of a piece; what cannot be read is counted.
-
-    Args:
-        piece: Lines or rows.
-        text_key: Field with the text.
-        by_subset: Whether to look for the subset's name.
-        stop: Whether to raise DataError at the first that cannot be read.
-    """
+    """The documents of a piece; what cannot be read is counted or, with ``stop``, raised as DataError."""
 
     def __init__(self, piece: Piece, text_key: str, by_subset: bool, stop: bool) -> None:
         self.piece, self.text_key, self.by_subset, self.stop = piece, text_key, by_subset, stop
