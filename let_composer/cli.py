@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = "\n".join(f"  {verb:10}{line}" for verb, (_, line) in VERBS.items())
     top = argparse.ArgumentParser(
         "let-composer",
-        description=f"{__doc__.partition(':')[0]} with one of these verbs:\n\n{lines}",
+        description=f"{str(__doc__).partition(':')[0]} with one of these verbs:\n\n{lines}",
         epilog="let-composer VERB --help shows what a verb takes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from let_composer.annealing import Anneal
 from let_composer.balance import GradientRatio, measured
 from let_composer.guidance import Guidance
-from let_composer.loss import Implementation, Resize, alignment, target_sum
+from let_composer.loss import Implementation, Resize, alignment_loss, target_sum, usable_tokens
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
@@ -131,7 +131,7 @@ class LET(Guidance[LETOptions]):
         """Forget the running statistics: a run starts."""
         super().restart()
         self._had_gradient = False
-        self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
+        self._statistics = FeatureStatistics(self.options.normalize_teacher)
         self._balance = GradientRatio()
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
@@ -145,7 +145,7 @@ class LET(Guidance[LETOptions]):
                 "or remove LET."
             )
         example = torch.zeros(1, 8, device=device)
-        alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
+        alignment_loss(example, example, implementation=self.options.implementation)  # says now if it cannot run here
         self._statistics.to(device)
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
@@ -186,14 +186,16 @@ class LET(Guidance[LETOptions]):
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std()
         normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
-        found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
+        term = alignment_loss(
+            measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation
+        )
         width = student.shape[-1] if self.options.resize == "teacher" else None
         self._sums.add(
-            usable=found.usable,
-            targets=target_sum(states, mask, width=width, inverse_norm=found.inverse_norm, **normalisation),
+            usable=usable_tokens(student, states, mask),
+            targets=target_sum(states, mask, width=width, **normalisation),
             features=self._statistics.sums(states, mask),
         )
-        return found.loss
+        return term
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""

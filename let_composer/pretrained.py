@@ -215,6 +215,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
             f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
             f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
         )
+    assert model is not None
     body = getattr(model, "transformer", model) if _from_foundry(config.to_dict()) else model.base_model
     if body is model and model.get_output_embeddings() is not None:  # its base_model_prefix names nothing
         body = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])

@@ -13,7 +13,6 @@ from conftest import LENGTH, assert_close, build_data, build_student, evaluator,
 from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
 
 from let_composer import LET, RKD, alignment_loss
-from let_composer.loss import alignment
 from let_composer.teacher import Teacher
 
 
@@ -302,7 +301,7 @@ class TestCompany:
             elif place == "teacher":
                 algorithm._teacher.hidden = failing(algorithm._teacher.hidden)
             elif place == "term":
-                monkeypatch.setattr("let_composer.let.alignment", failing(alignment))
+                monkeypatch.setattr("let_composer.let.alignment_loss", failing(alignment_loss))
             else:
                 model.loss = failing(model.loss)  # when the term is there already
             trainer.fit()

@@ -100,7 +100,7 @@ def read_manifest(folder: str, above: bool = True) -> dict[str, Any] | None:
     if (
         isinstance(made, dict)
         and {"fingerprint", "name", "vocabulary_size"} <= set(made)
-        and "sequence_length" in manifest
+        and "sequence_length" in (manifest or {})
     ):
         return manifest
     missing = manifest is None
