@@ -99,7 +99,7 @@ def test_both_ranks_log_the_same_and_what_one_rank_logs(results, single, case):
     first, second = (result[case]["metrics"] for result in results)
     assert first == second
     for name, values in first.items():
-        assert values == pytest.approx(metrics(single, name), rel=1e-5), name
+        assert values == pytest.approx(metrics(single, name), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,6 +187,6 @@ class TestResume:
         for batch, total in totals:
             assert total == pytest.approx(uninterrupted["loss/train/total"][batch], rel=1e-4)
         guidance = [(line["batch"], line["let/loss"]) for line in lines if "let/loss" in line]
-        assert [batch for batch, _ in guidance] == [0, 1, 2, 3, 3, 4]
+        assert [batch for batch, _ in guidance] == [1, 2, 3, 4, 4, 5]  # logged when the batch has ended
         for batch, loss in guidance:
-            assert loss == pytest.approx(uninterrupted["let/loss"][batch], rel=1e-4)
+            assert loss == pytest.approx(uninterrupted["let/loss"][batch - 1], rel=1e-4)
