@@ -50,6 +50,7 @@ class LET(Guidance[LETOptions]):
             layer; after the norm is our choice).
         weight: Weight at the start (paper: lambda_0), finite and not negative; or ``"auto"``, at which the term's
             gradient at the guided block is as long as that of the student's loss (:class:`GradientRatio`; our choice).
+            It harms where the student passes the teacher early in the run (README, evidence).
             Default: ``0.1``, the paper's best at 1.4B; students of a few million parameters needed 10 (README,
             evidence).
         stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once
