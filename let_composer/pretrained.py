@@ -202,7 +202,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
                     whole, whole_missing = _load(AutoModelForCausalLM, path, options)
                 except ValueError:  # no such class
                     whole, whole_missing = None, missing
-                if not whole_missing:
+                if whole is not None and not whole_missing:
                     model, missing = whole, []
     except (OSError, RuntimeError, EOFError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):

@@ -1,6 +1,7 @@
 """Load, check, freeze, place and run the teacher: the body of a small pretrained decoder."""
 
 import inspect
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -279,7 +280,9 @@ def load_teacher(
     if dist.get_world_size() == 1:
         fetch()
         return start()
-    with dist.busy_wait_for_local_rank_zero(tempfile.gettempdir()):
+    # Composer gives every node the same file name: where nodes share a folder for temporary files, they need their own.
+    folder = f"{tempfile.gettempdir()}/let-composer-{os.getuid()}-node{dist.get_node_rank()}"
+    with dist.busy_wait_for_local_rank_zero(folder):
         fetch()
     teacher = everywhere(name, start)
     found = dist.all_gather_object((teacher.fingerprint, teacher.separates_documents))

@@ -37,11 +37,17 @@ def ranks(teacher_folder, tokenizer, tmp_path_factory) -> list[dict[str, Any]]:
             "CUDA_VISIBLE_DEVICES": "",
         }
         command = [sys.executable, "tests/teacher_ranks.py", teacher_folder, str(out / "other"), str(out)]
-        processes.append(
-            subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    said = [process.communicate(timeout=200)[1] for process in processes]
-    assert not any(process.returncode for process in processes), said
+        with (out / f"{rank}.log").open("w") as said:
+            processes.append(
+                subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stdout=said, stderr=said)
+            )
+    try:
+        codes = [process.wait(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(codes), [(out / f"{rank}.log").read_text()[-3000:] for rank in range(4)]
     return [torch.load(out / f"rank{rank}.pt") for rank in range(4)]
 
 
