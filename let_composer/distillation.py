@@ -29,6 +29,9 @@ class RKD(Guidance[RKDOptions]):
     a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. Needs no
     block of the student. The paper's weight and temperature are not on record: tune them.
 
+    Logs what :class:`LET` logs at the start of a batch, ``kd/loss`` and ``kd/lm_loss``, and ``kd/teacher_share``: the
+    share of the teacher in the mixture of both models that predicts the batch's labels best.
+
     Args:
         teacher: As in :class:`LET`.
         weight: Share of the distillation term, 0 to 1; or ``"auto"``, the share of the teacher in the best mixture of

@@ -201,7 +201,8 @@ class Guidance(Lifecycle[OptionsT]):
             )
         if self.ends_early:
             log.warning("%s ends early: %s.", type(self).__name__, self.ends_early)
-        if self.ends_early or self.schedule.over(state.timestamp):
+            self.schedule.end = state.timestamp.batch  # for a second fit() and a resumed run, too
+        if self.schedule.over(state.timestamp):
             self.retire(state, logger)
 
 

@@ -96,6 +96,8 @@ def test_a_teacher_with_nothing_to_give_is_released(train, tokenizer, teacher_fo
     model.lm_head.weight.data *= 1000  # sure of itself, and nearly always wrong
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    trainer = train(RKD(str(tmp_path), weight="auto"))
+    trainer = train(algorithm := RKD(str(tmp_path), weight="auto"))
     assert metrics(trainer, "kd/active") == [1.0, 0.0]
+    trainer.fit(duration="2ba")
+    assert metrics(trainer, "kd/active") == [1.0, 0.0] and algorithm.state_dict()["end"] == "1ba"
     assert "RKD ends early: the teacher's share in the best mixture of both models has fallen to 0.0" in caplog.text

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from composer.core import Algorithm, Event
-from conftest import build_student, hf_student, metrics, parameters
+from conftest import build_student, hf_student, metrics
 
 from let_composer import LET
 
@@ -55,4 +55,3 @@ def test_a_block_whose_parameters_train_but_whose_output_carries_no_gradient(tra
     model.model.model.layers[0].register_forward_hook(lambda module, args, output: (output[0].detach(), *output[1:]))
     with pytest.raises(RuntimeError, match="student_layer 1 to carry a gradient"):
         train(LET(teacher_folder, student_layer=1, stop="4ba"), model=model)
-    assert parameters  # the run above died before its first step
