@@ -1,4 +1,4 @@
-"""Shards as users stream them: an S3-compatible server, several streams, another world size, llm-foundry's loader."""
+"""Shards as users stream them: an S3-compatible server, several streams, llm-foundry's loader."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,92 +177,6 @@ def test_interrupted_uploads(
     found = {key: client.get_object(Bucket=bucket, Key=f"cut/{key}")["Body"].read() for key in listing(bucket, "cut/")}
     del found["streams.yaml"]
     assert found == shards(local) and not list((tmp_path / "work").glob("*.partial"))
-
-
-RANKS = """
-import json, multiprocessing, os, sys
-from streaming import Stream, StreamingDataLoader, StreamingDataset
-
-def rank(number, world, port, config, state_in, batches, out):
-    os.environ.update(RANK=str(number), WORLD_SIZE=str(world), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    streams = [Stream(**{**s, "local": s["local"] + f"-{world}"}) for s in config["streams"].values()]
-    data = StreamingDataset(streams=streams, batch_size=8 // world, shuffle=True, shuffle_seed=5, cache_limit="40kb",
-                            validate_hash="xxh128", num_canonical_nodes=2, epoch_size=config["epoch_size"])
-    loader = StreamingDataLoader(data, batch_size=8 // world, num_workers=0)
-    if state_in:
-        loader.load_state_dict(state_in)
-    got = []
-    for count, batch in enumerate(loader, 1):
-        got.append([row.tobytes().hex() for row in batch["tokens"].numpy()])
-        if count == batches:
-            break
-    cached = sum(os.path.getsize(os.path.join(d, f)) for s in streams for d, _, fs in os.walk(s.local) for f in fs)
-    with open(f"{out}-{number}.json", "w") as file:
-        json.dump({"batches": got, "state": loader.state_dict(), "cached": cached}, file)
-    os._exit(0)
-
-config, folder, port, resume_after = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-context = multiprocessing.get_context("fork")
-def world(size, state, batches, name, port):
-    args = (size, port, config, state, batches, f"{folder}/{name}")
-    ranks = [context.Process(target=rank, args=(i, *args)) for i in range(size)]
-    [r.start() for r in ranks]
-    [r.join() for r in ranks]
-    assert all(r.exitcode == 0 for r in ranks), [r.exitcode for r in ranks]
-    return json.load(open(f"{folder}/{name}-0.json"))["state"]
-world(1, None, -1, "whole", port)
-state = world(1, None, resume_after, "first", port + 1)
-world(2, state, -1, "second", port + 2)
-"""
-
-
-@pytest.mark.slow
-def test_elastic_resume_from_the_server(tmp_path: Path, bucket: str, remote: str, local: Path) -> None:
-    """One rank, stopped, then two: together they see what one rank sees that is never stopped, each sample once."""
-    manifest = json.loads((local / "manifest.json").read_text())
-    counts = {n: a["splits"]["train"]["samples"] for n, a in manifest["streams"].items()}
-    # As many as both streams hold in the proportion 2 to 1, so that no sample need be repeated; whole batches.
-    unit = min(counts["Pile-CC"] // 2, counts["Github"]) // 8 * 8
-    config = {
-        "streams": {
-            name: {
-                "remote": f"{remote}/{manifest['streams'][name]['folder']}",
-                "local": str(tmp_path / "cache" / manifest["streams"][name]["folder"]),
-                "split": "train",
-                "proportion": share,
-            }
-            for name, share in (("Pile-CC", 2), ("Github", 1))
-        },
-        "epoch_size": 3 * unit,
-    }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    stopped_after = 3 * unit // 8 // 3
-    command = [sys.executable, "-c", RANKS, json.dumps(config), str(tmp_path), str(port), str(stopped_after)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    def read(name: str) -> dict[str, Any]:
-        return json.loads((tmp_path / f"{name}.json").read_text())
-
-    whole, first = read("whole-0")["batches"], read("first-0")["batches"]
-    ranks = [read(f"second-{i}")["batches"] for i in range(2)]
-    assert len(first) == stopped_after and len(ranks[0]) == len(ranks[1]) == len(whole) - stopped_after
-    seen = [row for batches in (first, *ranks) for batch in batches for row in batch]
-    assert len(seen) == 3 * unit
-    # Some texts hold the same sentences: a sample may come as often as it was written.
-    folders = [local / about["folder"] / "train" for about in manifest["streams"].values()]
-    written = Counter(row.tobytes().hex() for folder in folders for row in samples(folder))
-    assert not Counter(seen) - written
-    assert first == whole[:stopped_after]
-    for expected, *parts in zip(whole[stopped_after:], *ranks, strict=True):
-        assert sorted(expected) == sorted(row for part in parts for row in part)
-    held = sum(
-        entry["Size"] for name, entry in listing(bucket, "shards/").items() if "train/" in name and "shard." in name
-    )
-    assert read("whole-0")["cached"] < 50_000 < held, "the cache limit was never reached"
 
 
 TRAIN = """
