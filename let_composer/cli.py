@@ -1,11 +1,11 @@
 """``let-composer VERB ...``: one command for everything but training, which stays llm-foundry's."""
 
 import argparse
-import difflib
 import importlib
 import sys
 
 import let_composer
+from let_composer.options import nearest
 
 __all__ = ["VERBS", "main"]
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = "\n".join(f"  {verb:10}{line}" for verb, (_, line) in VERBS.items())
     top = argparse.ArgumentParser(
         "let-composer",
-        description=f"{__doc__.partition(':')[0]} with one of these verbs:\n\n{lines}",
+        description=f"{str(__doc__).partition(':')[0]} with one of these verbs:\n\n{lines}",
         epilog="let-composer VERB --help shows what a verb takes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("verb", metavar="VERB")
     verb = top.parse_args(argv[:1]).verb
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        top.error(f"there is no verb {verb!r}. {f'Did you mean {near[0]}?' if near else ''}")
+        top.error(f"there is no verb {verb!r}{nearest(verb, VERBS)}.")
     module = importlib.import_module(VERBS[verb][0])
     parser = argparse.ArgumentParser(
         f"let-composer {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,12 +1,13 @@
 """An llm-foundry YAML as training reads it: merged with further YAMLs and overrides, algorithms in any form."""
 
-import difflib
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 from omegaconf import OmegaConf as om
+
+from let_composer.options import nearest
 
 __all__ = ["check_names", "expand_algorithms", "load", "refuse_unknown"]
 
@@ -66,9 +67,7 @@ def refuse_unknown(where: str, names: Iterable[Any], known: Iterable[str]) -> No
     known = sorted(known)
     for name in map(str, names):
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"{where} has no {name!r}. {hint}There are {', '.join(known)}.")
+            raise ValueError(f"{where} has no {name!r}{nearest(name, known)}. There are {', '.join(known)}.")
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:

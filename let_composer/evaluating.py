@@ -10,7 +10,6 @@ length. Runs in one process. Needs the extra: pip install "let-composer[eval]".
 """
 
 import argparse
-import difflib
 import importlib.util
 import json
 import os
@@ -23,6 +22,8 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
+
+from let_composer.options import nearest
 
 __all__ = ["NINE", "add_arguments", "local_tasks", "open_model", "run", "score"]
 
@@ -201,8 +202,7 @@ def score(
     manager = TaskManager(include_defaults=bool(named))
     for name in named:
         if name not in manager.all_tasks:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=3))
-            raise ValueError(f"lm-eval has no task {name!r}.{f' Near are {near}.' if near else ''}")
+            raise ValueError(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}.")
     with quiet():
         network, tokenizer, length = open_model(model, trust_remote_code)
         adapter, evaluate = cast(Any, huggingface).HFLM, cast(Any, lm_eval).simple_evaluate

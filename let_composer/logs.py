@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from let_composer.options import nearest
 
 __all__ = ["METRIC", "Curve", "Run", "read_log", "read_run", "resolve_metric"]
 
@@ -113,9 +114,8 @@ def resolve_metric(wanted: str, tags: Iterable[str], source: Any) -> str:
         raise ValueError(f"{source} has {wanted} of several evaluations. Choose with --metric: {', '.join(found)}.")
     if not evaluated:
         raise ValueError(f"{source} was not evaluated: it has no metrics/. Set eval_loader and eval_interval.")
-    near = difflib.get_close_matches(wanted, [*tags, *(tag.rpartition("/")[2] for tag in evaluated)], n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{source} has no metric {wanted}.{hint} Evaluated were: {', '.join(evaluated)}.")
+    near = nearest(wanted, [*tags, *(tag.rpartition("/")[2] for tag in evaluated)])
+    raise ValueError(f"{source} has no metric {wanted}{near}. Evaluated were: {', '.join(evaluated)}.")
 
 
 def read_log(path: Path) -> tuple[Log, dict[str, Any]]:

@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -37,6 +36,7 @@ from let_composer.counting import (
     teacher_config,
 )
 from let_composer.memory import GIB, HARDWARE, Hardware, checkpointing, fits, memory
+from let_composer.options import Options, read_options
 from let_composer.teacher import build_body
 
 __all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table", "teacher_config"]
@@ -77,18 +77,6 @@ class Plan:
     placement: str | None
 
 
-def read_options(method: Any, arguments: Mapping[str, Any]) -> Any:
-    """The options that ``method(**arguments)`` would have, without building it.
-
-    Args:
-        method: :class:`let_composer.LET`, :class:`let_composer.RKD` or :class:`let_composer.SALT`.
-        arguments: The mapping below its name in a YAML.
-    """
-    parameters = {n: p.default for n, p in inspect.signature(method).parameters.items() if p.default is not p.empty}
-    refuse_unknown(f"algorithms.{method.__name__.lower()}", arguments, parameters)
-    return SimpleNamespace(**{**parameters, **arguments})
-
-
 def make_plan(
     config: DictConfig,
     gpus: int,
@@ -124,20 +112,17 @@ def make_plan(
         tokens_a_step = batch * length
         steps = _steps(duration, batch, tokens_a_step)
         student_model, fused = build_student(config, dtype)
-        methods = {
-            name: read_options(METHODS[name], cast(dict[str, Any], om.to_container(options, resolve=True)))
-            for name, options in (config.get("algorithms") or {}).items()
-            if name in METHODS
-        }
-        body, options, guided, context = None, None, 0.0, length
+        methods = _methods(config)
+        options: Options | None = None
+        body, guided, context = None, 0.0, length
         for other in methods.values():
             options = options or other
-            if any(getattr(options, key, -1) != getattr(other, key, -1) for key in ("teacher", "teacher_layer")):
+            if not options.same_teacher(other):
                 raise ValueError(f"planning knows one teacher, got {options.teacher} and {other.teacher}.")
             stop = resolve_stop(parse_stop(other.stop), duration, None)
-            guided = max(guided, min(steps, _steps(stop, batch, tokens_a_step)) if other.weight > 0 else 0.0)
+            guided = max(guided, 0.0 if other.off else min(steps, _steps(stop, batch, tokens_a_step)))
         if options:
-            layer = getattr(options, "teacher_layer", -1)
+            layer = options.teacher_arguments()["layer"]
             body = build_body(teacher_config(options.teacher), layer, options.trust_remote_code).to(dtype)
             refuse_uncountable(body.config, f"the teacher {options.teacher}")
             context = min(length, getattr(body.config, "max_position_embeddings", length) or length)
@@ -300,6 +285,15 @@ def run(args: argparse.Namespace) -> None:
         part = args.out.with_suffix(args.out.suffix + ".tmp")
         part.write_text(json.dumps(asdict(plan), indent=2) + "\n")
         os.replace(part, args.out)
+
+
+def _methods(config: DictConfig) -> dict[str, Options]:
+    """The options of the methods that the YAML names."""
+    given = cast(dict[str, Any], om.to_container(config.get("algorithms") or om.create(), resolve=True))
+    try:
+        return {name: read_options(METHODS[name], given[name]) for name in given if name in METHODS}
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_keys(config: DictConfig) -> None:

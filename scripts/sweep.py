@@ -14,7 +14,6 @@ repeated alone with train.py), .log and .done beside the folder that Composer lo
 """
 
 import argparse
-import difflib
 import fcntl
 import fnmatch
 import functools
@@ -37,6 +36,7 @@ from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
 from let_composer import comparing
+from let_composer.options import nearest
 
 __all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
 
@@ -123,9 +123,8 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
 def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
     names = list(map(str, names))
     if not (found := fnmatch.filter(names, pattern)):
-        near = difflib.get_close_matches(pattern.strip("*"), names, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no {what} matches {pattern!r}.{hint} There are {', '.join(names)}.")
+        near = nearest(pattern.strip("*"), names)
+        raise ValueError(f"no {what} matches {pattern!r}{near}. There are {', '.join(names)}.")
     return found
 
 

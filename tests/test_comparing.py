@@ -310,7 +310,7 @@ def test_the_metric_is_chosen_and_its_direction(tmp_path):
             "LanguageCrossEntropy",
             "of several evaluations. Choose with --metric: metrics/eval/Lang.*, metrics/eval/pile",
         ),
-        ("Acuracy", "no metric Acuracy. Did you mean Accuracy"),
+        ("Acuracy", "no metric Acuracy .did you mean 'Accuracy"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(*runs, "--metric", metric)

@@ -227,7 +227,7 @@ CALL = "a = argparse.ArgumentParser()\np.add_arguments(a)\np.run(a.parse_intermi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "h1000"], "has no 'h1000'. Did you mean 'h100'"),
+        (["--gpu", "h1000"], "has no 'h1000' .did you mean 'h100'"),
         (["--tflops", "3"], "--tflops and --memory go together"),
         (["--gpus", "0"], "expected --gpus above 0, got 0"),
         (["--price", "2"], "--price needs the GPU's speed: give --gpu"),
@@ -236,12 +236,12 @@ CALL = "a = argparse.ArgumentParser()\np.add_arguments(a)\np.run(a.parse_intermi
         (["max_seq_len=null"], "no max_seq_len, which planning needs"),
         (["optimizer.name=shampoo"], "adam, lion and sgd, got 'shampoo'"),
         (["fsdp_config={sharding_strategy: HYBRID_SHARD}"], "FULL_SHARD and NO_SHARD, got HYBRID_SHARD"),
-        (["fsdp_config={activation_checkpoint: true}"], "no 'activation_checkpoint'. Did you mean 'activation_check"),
+        (["fsdp_config={activation_checkpoint: true}"], "no 'activation_checkpoint' .did you mean 'activation_check"),
         (["tp_config={tensor_parallel_degree: 2}"], "planning does not know tensor parallelism"),
         (["global_batch=6"], "the YAML has no 'global_batch'"),
-        (["model.n_layer=2"], "model has no 'n_layer'. Did you mean 'n_layers'"),
+        (["model.n_layer=2"], "model has no 'n_layer' .did you mean 'n_layers'"),
         (["algorithms.let.stop=soon"], "stop"),
-        (["algorithms.let.wieght=2"], "no 'wieght'. Did you mean 'weight'"),
+        (["algorithms.let.wieght=2"], "no option 'wieght' .did you mean 'weight'"),
         (["algorithms.let.teacher=./nowhere"], "no teacher at './nowhere'"),
     ],
 )

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf as om
 from streaming import MDSWriter
 
 from let_composer import LET
+from let_composer.configuration import load
 
 YAMLS = Path(__file__).parents[1] / "yamls"
 
@@ -44,8 +45,8 @@ def write(path: Path, algorithms: str) -> str:
 )
 def test_short_forms_and_overrides(tmp_path, algorithms, expected):
     path = write(tmp_path / "run.yaml", algorithms)
-    assert om.to_container(script.load(path, []))["algorithms"] == expected
-    overridden = om.to_container(script.load(path, ["algorithms.let.weight=0.05", "max_duration=2ba"]))
+    assert om.to_container(load(path, []))["algorithms"] == expected
+    overridden = om.to_container(load(path, ["algorithms.let.weight=0.05", "max_duration=2ba"]))
     assert overridden["max_duration"] == "2ba"
     assert overridden["algorithms"] == {**expected, "let": {**expected.get("let", {}), "weight": 0.05}}
     assert list(overridden["algorithms"]) == list({**expected, "let": {}})  # order is the order of execution
@@ -53,21 +54,39 @@ def test_short_forms_and_overrides(tmp_path, algorithms, expected):
 
 def test_the_whole_list_can_be_given_on_the_command_line(tmp_path):
     path = write(tmp_path / "run.yaml", "\n  gradient_clipping: {clipping_type: norm}")
-    assert set(script.load(path, ["algorithms=[let]"]).algorithms) == {"gradient_clipping", "let"}
+    assert set(load(path, ["algorithms=[let]"]).algorithms) == {"gradient_clipping", "let"}
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("algorithms.let=null", {"gradient_clipping"}),
+        ("algorithms={let: null}", {"gradient_clipping"}),
+        ("algorithms=null", set()),
+        ("algorithms=[]", set()),
+        ("algorithms={}", set()),
+    ],
+)
+def test_null_removes_on_the_command_line_and_in_a_second_yaml(tmp_path, given, left):
+    path = write(tmp_path / "run.yaml", "\n  gradient_clipping: {clipping_type: norm}\n  let: {weight: 0.3}")
+    second = tmp_path / "second.yaml"
+    om.save(om.from_cli([given]), second)
+    assert set(load(path, [given]).algorithms) == set(load(path, [str(second)]).algorithms) == left
+    assert load(path, [str(second), "algorithms=[let]"]).algorithms.let == {}
 
 
 @pytest.mark.parametrize(
     ("algorithms", "message"),
     [
-        (" [lett]", "no algorithm 'lett'. Did you mean 'let'?"),
-        ("\n  gradient_cliping: {}", "Did you mean 'gradient_clipping'?"),
+        (" [lett]", "algorithms has no 'lett' .did you mean 'let'?"),
+        ("\n  gradient_cliping: {}", "did you mean 'gradient_clipping'?"),
         (" [let, let]", "names 'let' twice"),
         (" [3]", "names or mappings of a name to its arguments, got 3"),
     ],
 )
 def test_a_bad_list_is_explained(tmp_path, algorithms, message):
     with pytest.raises(ValueError, match=message):
-        script.load(write(tmp_path / "run.yaml", algorithms), [])
+        load(write(tmp_path / "run.yaml", algorithms), [])
 
 
 def test_no_yaml_shows_the_usage():
@@ -142,7 +161,7 @@ callbacks:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # llm-foundry's, streaming's and multiprocessing's own; what is tested is the run
-def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder):
+def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder, capsys):
     """Through llm-foundry's own entry, not ours."""
 
     def run(let: str) -> Any:
@@ -155,6 +174,9 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
 
     plain = run("")
     guided = run(f"  let: {{teacher: {teacher_folder}, weight: 1.0, stop: 0.5dur}}")
+    shown = capsys.readouterr().err  # llm-foundry replaces the root logger's handlers
+    for line in ("for model.transformer.blocks.2", "LET guides until 3ba", "the teacher is released"):
+        assert line in shown
     assert guided["let/weight"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
     assert len(guided["let/loss"]) == 3
     assert len(guided["loss/train/total"]) == len(plain["loss/train/total"]) == 6
@@ -176,7 +198,8 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
     ],
 )
 def test_shards_made_otherwise_are_refused_before_training(shards, teacher_folder, changes, message):
-    manifest = {"sequence_length": 16, "tokenizer": {}, **changes}
+    made = {"vocabulary_size": 62, "name": "here", "fingerprint": "sha256:0"}
+    manifest = {"sequence_length": 16, "tokenizer": made, **changes}
     (shards / "shards" / "manifest.json").write_text(json.dumps(manifest))
     path = shards / "run.yaml"
     path.write_text(SMALL_CPU.format(root=shards, let=f"  let: {{teacher: {teacher_folder}}}"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from let_composer.loss import reference
 
-__all__ = ["Implementation", "Resize", "alignment_loss", "target_sum"]
+__all__ = ["Implementation", "Resize", "alignment_loss", "feature_sums", "target_sum", "usable_tokens"]
 
 Resize = Literal["teacher", "student"]
 Implementation = Literal["auto", "triton", "torch"]
@@ -97,6 +97,37 @@ def target_sum(
     _check_statistics(teacher, teacher_mean, teacher_std)
     function = _implementation(implementation, teacher, teacher_mean, teacher_std).target_sum
     return function(teacher.detach(), mask, teacher.shape[-1] if width is None else width, teacher_mean, teacher_std)
+
+
+def usable_tokens(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Number of tokens whose rows have a direction on both sides: finite, and not shorter than ``EPSILON``.
+
+    Args:
+        student: ``[..., D_s]``.
+        teacher: ``[..., D_t]``.
+        mask: The tokens that count, boolean ``[...]``.
+
+    Returns:
+        A scalar on the device.
+    """
+    norms = [torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32) for x in (student, teacher)]
+    directed = [torch.isfinite(norm) & (norm >= reference.EPSILON) for norm in norms]
+    return (directed[0] & directed[1] & mask).sum()
+
+
+def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Count, sums and sums of squares of every feature, in fp64, for a running mean and deviation.
+
+    Args:
+        teacher: Hidden states of the teacher, ``[..., D_t]``. Rows that are not finite are left out.
+        mask: The tokens that count, boolean ``[...]``.
+        shift: Subtracted from every row first, ``[D_t]``; near the mean it keeps the sums small. Default: ``None``.
+
+    Returns:
+        ``[1 + 2 * D_t]``, without a gradient: the number of rows, ``sum(t - shift)``, ``sum((t - shift)^2)``.
+    """
+    _check_statistics(teacher, shift, None)
+    return reference.feature_sums(teacher.detach(), mask, shift)
 
 
 def _check_option(name: str, value: str, options: object) -> None:

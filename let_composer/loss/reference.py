@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EPSILON", "alignment_loss", "resize_features", "target_sum"]
+__all__ = ["EPSILON", "alignment_loss", "feature_sums", "resize_features", "target_sum"]
 
 # A row shorter than this has no direction: its cosine is 0 and it passes no gradient. (torch's cosine_similarity would
 # hand a zero row a gradient of 1e8.)
 EPSILON = 1e-6
+
+_ROWS = 1024  # that feature_sums converts at a time
 
 # Legend: B batch, S sequence, S_ student width (D_s), T_ teacher width (D_t), D the width in which cosines are taken.
 
@@ -53,6 +55,21 @@ def target_sum(
     """
     target = _normalize(teacher, teacher_mean, teacher_std, _arithmetic(teacher))
     return _unit(resize_features(target, width), mask).reshape(-1, width).sum(dim=0)
+
+
+def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Count, sums and sums of squares around ``shift``; see :func:`let_composer.loss.feature_sums`.
+
+    Without a shift the arithmetic is fp64, since fp32 would cancel where a mean is large beside its deviation.
+    """
+    width = teacher.shape[-1]
+    dtype, origin = (torch.float64, 0.0) if shift is None else (torch.float32, shift.float())
+    total = torch.zeros(1 + 2 * width, dtype=torch.float64, device=teacher.device)
+    for rows, counted in zip(teacher.reshape(-1, width).split(_ROWS), mask.reshape(-1).split(_ROWS), strict=True):
+        used = counted & torch.isfinite(rows).all(dim=-1)
+        rows = torch.where(used[:, None], rows.to(dtype) - origin, 0)
+        total = total + torch.cat([used.sum().view(1), rows.sum(dim=0), rows.square().sum(dim=0)])
+    return total
 
 
 def resize_features(features: Tensor, width: int) -> Tensor:
