@@ -39,7 +39,8 @@ def local_tasks(path: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     for entry in read_yaml(path).get("icl_tasks") or []:
         kind, label, delimiter = entry.icl_task_type, str(entry.label), str(entry.get("continuation_delimiter", " "))
         refuse_unknown(f"icl_task_type of {label}", [kind], KINDS)
-        answers = pd.read_json(entry.dataset_uri, lines=True).filter(["choices", "context_options"]).map(len)
+        with open(entry.dataset_uri, encoding="utf-8") as file:
+            answers = pd.read_json(file, lines=True).filter(["choices", "context_options"]).map(len)
         chances[label] = float((1 / answers).sum(axis=1).mean())
         task = {"task": label, "dataset_path": "json", "test_split": "test", "fewshot_split": "test"}
         task |= {"dataset_kwargs": {"data_files": {"test": str(Path(entry.dataset_uri).resolve())}}}
