@@ -46,7 +46,7 @@ class Teacher:
             more for that. Default: ``True``.
 
     Attributes:
-        fingerprint: A short hash over the names, shapes and bits of all parameters, the head's included.
+        fingerprint: A short hash over the names, shapes and values of the body's parameters, the same on any device.
         parameters: Number of parameters of the body that every token is multiplied with.
         head_parameters: The same of the LM head, 0 where it was not kept.
         separates_documents: Whether :meth:`hidden` takes ``sequence_id``; known where it was checked.
@@ -98,10 +98,9 @@ class Teacher:
             self._head = [output.weight.detach(), getattr(output, "bias", None)]
         self.parameters = matmul_parameters(body)
         self.head_parameters = sum(p.numel() for p in self._head if p is not None)
-        weights = (body,) if output is None else (body, output)
-        self.fingerprint = fingerprint(*weights)
+        self.fingerprint = fingerprint(body.named_parameters())
         if check and not cuda:
-            check_finite(name, *weights)
+            check_finite(name, *(m for m in (body, output) if m is not None))
             check_causal(self)
             if head:
                 check_head(self, model)
@@ -289,7 +288,8 @@ def load_teacher(
     with dist.busy_wait_for_local_rank_zero(folder):
         fetch()
     teacher = everywhere(name, start)
-    found = dist.all_gather_object((teacher.fingerprint, teacher.separates_documents))
+    head_mark = fingerprint(("", p) for p in teacher._head if p is not None)
+    found = dist.all_gather_object((f"{teacher.fingerprint}-{head_mark}", teacher.separates_documents))
     check_same(name, [mark for mark, _ in found])
     teacher.separates_documents = any(can for _, can in found)
     if placement == "shard":
