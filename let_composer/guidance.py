@@ -23,7 +23,8 @@ _LOW = 0.9  # of let/usable
 
 class Guidance(Lifecycle[OptionsT]):
     """What a method of guiding shares with every other. It has three parts of its own: what it needs of the student and
-    of the teacher (:meth:`attach`, ``head``), its term (:meth:`term`), and how that joins the loss (:meth:`joined`).
+    of the teacher (:meth:`attach`, its options' ``projected``), its term (:meth:`term`), and how that joins the loss
+    (:meth:`joined`).
 
     Where several guide one run, each joins with the student's own loss, whatever their order.
     """
@@ -55,10 +56,6 @@ class Guidance(Lifecycle[OptionsT]):
 
     def forget(self) -> None:
         """Drop what was kept of a microbatch."""
-
-    def projected(self, tokens: int) -> int:
-        """How many of the tokens of a microbatch go through the teacher's head."""
-        return 0
 
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
         """The unweighted term of a microbatch, a mean over the tokens of ``mask``.
@@ -142,7 +139,7 @@ class Guidance(Lifecycle[OptionsT]):
         self._weight = self.schedule.weight(state.timestamp, self.strength())
         self._needs_mask = needs_mask(batch.get("attention_mask"))  # here the batch is still the host's
         tokens = batch["input_ids"].numel()
-        head = self._teacher.head_parameters * self.projected(tokens) / tokens
+        head = self._teacher.head_parameters * self.options.projected(tokens) / tokens
         teacher = 2 * (self._teacher.parameters + head)
         logger.log_metrics(
             {
@@ -160,7 +157,7 @@ class Guidance(Lifecycle[OptionsT]):
         states, self._states = self._states, None
         assert states is not None
         assert self._teacher is not None
-        self._flops += self._teacher.flops(0, 1, self.projected(mask.numel()))
+        self._flops += self._teacher.flops(0, 1, self.options.projected(mask.numel()))
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 

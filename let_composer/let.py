@@ -8,7 +8,7 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, Lead, measured, sampled_loss, sampling_step
+from let_composer.balance import GradientRatio, Lead, measured, sampled_loss
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment_loss, target_sum, usable_tokens
 from let_composer.objective import language_model_loss
@@ -95,11 +95,6 @@ class LET(Guidance[LETOptions]):
     options_type = LETOptions
     prefix = "let"
 
-    @property
-    def head(self) -> bool:
-        """Whether the teacher's predictions are needed."""
-        return self.options.weight == "auto"
-
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
@@ -141,10 +136,6 @@ class LET(Guidance[LETOptions]):
         self._statistics = FeatureStatistics(self.options.normalize_teacher)
         self._balance = GradientRatio()
         self._lead = Lead()
-
-    def projected(self, tokens: int) -> int:
-        """A sample of the tokens goes through the teacher's head, if any."""
-        return len(range(0, tokens, sampling_step(tokens))) if self.head else 0
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
@@ -207,7 +198,7 @@ class LET(Guidance[LETOptions]):
             targets=target_sum(states, mask, width=width, **normalisation),
             features=self._statistics.sums(states, mask),
         )
-        if self.head:
+        if self.options.weight == "auto":
             assert self._teacher is not None
             targets = state.batch["labels"].roll(-1, dims=1)
             self._sums.add(teacher=sampled_loss(self._teacher.project, states, targets, mask))
@@ -215,7 +206,7 @@ class LET(Guidance[LETOptions]):
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""
-        if self.head:
+        if self.options.weight == "auto":
             assert self._tokens is not None
             self._sums.add(student=self._tokens * language_model_loss(loss))
         return weight * term
@@ -232,7 +223,7 @@ class LET(Guidance[LETOptions]):
         model, term = sums["gradients"].sqrt().tolist()
         if weight:
             self._balance.update(model, term / weight)
-        lead = self._learn_lead(sums, tokens) if self.head else {}
+        lead = self._learn_lead(sums, tokens) if self.options.weight == "auto" else {}
         return {
             **lead,
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),

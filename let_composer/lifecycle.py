@@ -90,11 +90,6 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     # ---- what a method brings ----
 
-    @property
-    def head(self) -> bool:
-        """Whether the teacher's LM head is needed."""
-        raise NotImplementedError
-
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
         raise NotImplementedError
@@ -263,7 +258,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         return load_teacher(
             self.options.teacher,
             _vocabulary(model),
-            head=self.head or any(other.head for other in same),
+            head=any(method.options.projected(1) for method in (self, *same)),
             device=device,
             **self.options.teacher_arguments(),
         )
