@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from let_composer.loss import alignment_loss
 
 if TYPE_CHECKING:
-    from let_composer.algorithm import LET
     from let_composer.distillation import RKD, SALT
+    from let_composer.let import LET
 
 __all__ = ["LET", "RKD", "SALT", "alignment_loss"]
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "LET":
-        from let_composer.algorithm import LET
+        from let_composer.let import LET
 
         return LET
     if name in ("RKD", "SALT"):

@@ -1,11 +1,14 @@
-"""From time strings and a shape to the weight of the guidance. Pure functions; nothing here is remembered."""
+"""From time strings and a shape to the weight of the guidance."""
 
+import logging
 import math
 from typing import Literal, get_args
 
-from composer.core import Time, TimeUnit
+from composer.core import Time, Timestamp, TimeUnit
 
-__all__ = ["Anneal", "annealed_weight", "parse_stop", "resolve_stop"]
+__all__ = ["Anneal", "Schedule", "annealed_weight", "parse_stop", "resolve_stop"]
+
+log = logging.getLogger(__name__)
 
 Anneal = Literal["linear", "cosine", "constant"]
 
@@ -50,7 +53,7 @@ def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> 
     """Turn ``stop`` into batches, tokens or samples of this run.
 
     ``dur`` is a fraction of ``max_duration`` and epochs become batches, both truncated to whole units, as Composer's
-    learning-rate schedulers do.
+    learning-rate schedulers do. Warns when the result lies past the end of training, which may be one part of a run.
 
     Args:
         stop: What :func:`parse_stop` returned.
@@ -61,7 +64,7 @@ def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> 
         A ``Time`` in ``ba``, ``tok`` or ``sp``.
 
     Raises:
-        ValueError: If epochs cannot be converted, or the result is empty or past the end of training.
+        ValueError: If epochs cannot be converted, or the result is empty.
     """
     if stop.unit == TimeUnit.DURATION:
         end = _in_steps(max_duration, dataloader_len, "max_duration")
@@ -78,9 +81,11 @@ def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> 
             f"{resolved.unit.value}, so the guidance would never act. Raise stop, or remove LET."
         )
     if resolved.unit == end.unit and resolved.value > end.value:
-        raise ValueError(
-            f"stop lies past the end of training: expected at most {end.to_timestring()}, got {stop.to_timestring()}. "
-            "Lower stop, or give it as a fraction such as '0.3dur'."
+        log.warning(
+            "stop is %s, but max_duration is %s: the guidance will not end within this part of the run. For a fraction "
+            "of it, write stop as in '0.3dur'.",
+            stop.to_timestring(),
+            max_duration.to_timestring(),
         )
     return resolved
 
@@ -104,6 +109,48 @@ def annealed_weight(elapsed: float, stop: float, weight: float, anneal: Anneal) 
     if anneal == "constant":
         return weight
     raise ValueError(f"anneal must be one of {', '.join(get_args(Anneal))}, got {anneal!r}.")
+
+
+class Schedule:
+    """How much the guidance weighs at any time of a run.
+
+    The end is found once, from the length that the run has then. It outlives resumes and longer runs, until the clock
+    goes back.
+
+    Args:
+        stop: As for :func:`parse_stop`.
+        anneal: As for :func:`annealed_weight`.
+    """
+
+    def __init__(self, stop: str, anneal: Anneal) -> None:
+        self.stop = parse_stop(stop)
+        self.anneal: Anneal = anneal
+        self.end: Time | None = None  # in ba, tok or sp
+        self.batch = 0  # how far the clock has come
+
+    def notice(self, batch: int) -> bool:
+        """Whether the clock has gone back since it was looked at; the end is then to be found anew."""
+        back = batch < self.batch
+        self.batch = batch
+        if back:
+            self.end = None
+        return back
+
+    def resolve(self, max_duration: Time, dataloader_len: int | None) -> None:
+        """Find the end, unless it is known; see :func:`resolve_stop`."""
+        self.end = self.end or resolve_stop(self.stop, max_duration, dataloader_len)
+
+    def weight(self, clock: Timestamp, start: float) -> float:
+        """The weight now, of a guidance that starts with ``start``."""
+        assert self.end is not None
+        return annealed_weight(clock.get(self.end.unit).value, self.end.value, start, self.anneal)
+
+    def over(self, clock: Timestamp) -> bool:
+        """Whether the end is known and has passed."""
+        return self.end is not None and self.weight(clock, 1.0) == 0
+
+    def __str__(self) -> str:
+        return (self.end or self.stop).to_timestring()
 
 
 def _in_steps(time: Time, dataloader_len: int | None, name: str) -> Time:

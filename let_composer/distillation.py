@@ -1,116 +1,124 @@
-"""What LET is compared with: distillation from the logits of the same small teacher, on LET's own machinery."""
+"""What LET is compared with: distillation from the logits of the same small teacher."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from composer.core import State
-from composer.loggers import Logger
-from torch import Tensor
+from torch import Tensor, nn
 
-from let_composer.algorithm import LET, loss_generating, plus, total
 from let_composer.annealing import Anneal
-from let_composer.teacher import Teacher
+from let_composer.balance import StackingWeight, stacking_weight
+from let_composer.guidance import Guidance
+from let_composer.loss.distillation import compare_logits
+from let_composer.objective import language_model_loss, logits_of
+from let_composer.options import RKDOptions, refuse_unknown
 
-__all__ = ["RKD", "SALT", "distillation_loss"]
+__all__ = ["RKD", "SALT"]
 
-
-def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over tokens of ``temperature**2 * KL(teacher || student)``, both softened (Hinton et al. 2015), in fp32.
-
-    Args:
-        student: Logits ``[B, S, V_s]``.
-        teacher: Logits ``[B, S, V_t]``; ids beyond the smaller vocabulary are padding and left out.
-        mask: Tokens that count, ``[B, S]``.
-        temperature: Of both softmaxes, greater than 0. Default: ``1.0``.
-
-    Returns:
-        A scalar; 0 if no token counts.
-    """
-    vocabulary = min(student.shape[-1], teacher.shape[-1])
-    ours, theirs = (F.log_softmax(x[..., :vocabulary].float() / temperature, dim=-1) for x in (student, teacher))
-    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * torch.where(mask, divergence, 0).sum() / mask.sum().clamp(min=1)
+_NOTHING_LEFT = 0.05  # of the teacher's share
 
 
-class RKD(LET):
+class RKD(Guidance[RKDOptions]):
     """Reverse knowledge distillation, the paper's first baseline: the small teacher's logits, for the whole run.
 
-    ``loss = (1 - weight(t)) * student's loss + weight(t) * distillation_loss``
+    ``loss = (1 - weight(t)) * student's loss + weight(t) * KL(teacher || student)``
 
-    Shares events, schedule, teacher, checkpoints and metrics with :class:`LET`, the metrics under ``kd/``. Keeps the
-    teacher's LM head, and makes several fp32 tensors of the logits' size: an instrument for comparisons, not tuned for
-    speed. The paper's weight and temperature are not on record: tune them.
+    A sibling of :class:`LET`: same events, schedule, teacher, checkpoints and metrics, these under ``kd/``. Beside LET,
+    in any order, both terms join with the student's own loss, and a teacher that both name is loaded and run once. What
+    a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. Needs no
+    block of the student. The paper's weight and temperature are not on record: tune them.
+
+    Logs what :class:`LET` logs at the start of a batch, ``kd/loss`` and ``kd/lm_loss``, and ``kd/teacher_share``: the
+    share of the teacher in the mixture of both models that predicts the batch's labels best.
 
     Args:
         teacher: As in :class:`LET`.
-        weight: Share of the distillation term, 0 to 1. Default: ``0.5``, our choice.
+        weight: Share of the distillation term, 0 to 1; or ``"auto"``, the share of the teacher in the best mixture of
+            teacher and student on the labels (:class:`StackingWeight`; our choice), which ends the guidance when it
+            falls below 0.05. Default: ``0.5``, our choice.
         temperature: Of both softmaxes. Default: ``1.0``, our choice.
         stop: As in :class:`LET`. Default: ``"1dur"``, the whole run.
         anneal: As in :class:`LET`. Default: ``"constant"``.
         trust_remote_code: As in :class:`LET`.
 
     Raises:
+        TypeError: As in :class:`LET`.
         ValueError: As in :class:`LET`, and if weight or temperature is out of range.
     """
 
-    _prefix = "kd"
+    options_type = RKDOptions
+    prefix = "kd"
+    head = True
 
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
-        weight: float = 0.5,
+        weight: float | Literal["auto"] = 0.5,
         temperature: float = 1.0,
         stop: str = "1dur",
         anneal: Anneal = "constant",
         trust_remote_code: bool = False,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         super().__init__(
-            teacher,
-            student_layer=-1,
-            weight=weight,
-            stop=stop,
-            anneal=anneal,
-            trust_remote_code=trust_remote_code,
-        )
-        if weight > 1:
-            raise ValueError(f"weight is the share of the distillation term, from 0 to 1, got {weight}.")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and greater than 0, got {temperature}.")
-        self.temperature = float(temperature)
-        self._repr = (
-            f"{type(self).__name__}(teacher={teacher!r}, weight={self.weight}, temperature={self.temperature}, "
-            f"stop={stop!r}, anneal={anneal!r})"
+            RKDOptions(
+                teacher=teacher,
+                weight=weight,
+                temperature=temperature,
+                stop=stop,
+                anneal=anneal,
+                trust_remote_code=trust_remote_code,
+            )
         )
 
-    def _load_teacher(self, device: torch.device) -> Teacher:
-        return Teacher(self.teacher_name, device=device, head=True, trust_remote_code=self.trust_remote_code)
+    def attach(self, model: nn.Module, device: torch.device) -> str:
+        """Nothing is needed but the outputs."""
+        super().attach(model, device)
+        return "logits"
 
-    def _align(self, state: State) -> None:
-        assert self._capture is not None and self._teacher is not None
-        self._capture.clear()
-        ids = state.batch["input_ids"]
-        teacher = self._teacher.logits(ids, self._attention_mask(state))
-        self._teacher_flops += self._teacher.flops(ids.numel(), ids.shape[-1])
-        mask = loss_generating(state.batch)
-        self._tokens = mask.sum()
-        outputs = cast(Mapping[str, Tensor], state.outputs)
-        self._term = distillation_loss(outputs["logits"], teacher, mask, self.temperature)
-        self._count("tokens", self._tokens)
-        self._count("loss", self._tokens * self._term.detach())
+    def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
+        """The mean KL divergence from the teacher's distribution."""
+        assert self._teacher is not None
+        term, counts = compare_logits(
+            logits_of(state.outputs),
+            states,
+            mask,
+            self.options.temperature,
+            project=self._teacher.project,
+            targets=state.batch["labels"].roll(-1, dims=1),
+        )
+        self._sums.add(counts=counts)
+        return term
 
-    def _add_term(self, state: State) -> None:
-        assert self._term is not None and self._tokens is not None
-        plain = total(state.loss)
-        self._count("lm_loss", self._tokens * plain.detach())
-        state.loss = plus(state.loss, self._weight * (self._term - plain))
-        self._term = self._tokens = None
+    def restart(self) -> None:
+        """Forget the running share: a run starts."""
+        super().restart()
+        self._stacking = StackingWeight()
 
-    def _report(self, state: State, logger: Logger) -> None:
-        tokens = self._sums["tokens"].clamp(min=1)
-        loss, lm_loss = torch.cat([self._sums["loss"] / tokens, self._sums["lm_loss"] / tokens]).tolist()
-        logger.log_metrics({"kd/loss": loss, "kd/lm_loss": lm_loss}, step=state.timestamp.batch.value - 1)
+    def strength(self) -> float:
+        """The weight before annealing."""
+        return self._stacking.weight if self.options.weight == "auto" else self.options.weight
+
+    def report(self, sums: Mapping[str, Tensor], weight: float) -> dict[str, float]:
+        """The teacher's share in the best mixture; with ``weight: auto`` it ends the guidance when it is small."""
+        self._stacking.update(share := stacking_weight(sums["counts"]))
+        if self.options.weight == "auto" and self._stacking.weight < _NOTHING_LEFT:
+            self.ends_early = f"the teacher's share in the best mixture of both models has fallen to {share:.3f}"
+        return {"teacher_share": share}
+
+    def saved(self) -> dict[str, Any]:
+        """The running share."""
+        return {"share": self._stacking.share}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over the running share."""
+        self._stacking.share = saved["share"]
+
+    def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
+        """Takes the weight from the student's own term."""
+        return weight * (term - language_model_loss(loss))
 
 
 class SALT(RKD):
@@ -129,10 +137,11 @@ class SALT(RKD):
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
-        weight: float = 0.5,
+        weight: float | Literal["auto"] = 0.5,
         temperature: float = 1.0,
         stop: str = "0.5dur",
         anneal: Anneal = "linear",
         trust_remote_code: bool = False,
+        **unknown: Any,
     ) -> None:
-        super().__init__(teacher, weight, temperature, stop, anneal, trust_remote_code)
+        super().__init__(teacher, weight, temperature, stop, anneal, trust_remote_code, **unknown)

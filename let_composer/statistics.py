@@ -1,11 +1,16 @@
 """Running mean and deviation of the teacher's features, over every guided token and rank so far."""
 
+import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from let_composer.loss import Implementation, feature_sums
+
 __all__ = ["FeatureStatistics", "Normalize"]
+
+log = logging.getLogger(__name__)
 
 Normalize = Literal["none", "center", "standardize"]
 
@@ -22,10 +27,13 @@ class FeatureStatistics:
 
     Args:
         normalize: ``"none"`` keeps nothing, ``"center"`` the mean, ``"standardize"`` mean and deviation.
+        implementation: As in :func:`let_composer.loss.alignment_loss`. Default: ``"auto"``.
     """
 
-    def __init__(self, normalize: Normalize) -> None:
+    def __init__(self, normalize: Normalize, implementation: Implementation = "auto") -> None:
         self.normalize: Normalize = normalize
+        self._implementation: Implementation = implementation
+        self._device = torch.device("cpu")
         self._moments: Tensor | None = None  # [3, D] fp64: number of tokens (repeated), mean, sum of squared deviations
 
     def mean_and_std(self) -> tuple[Tensor | None, Tensor | None]:
@@ -37,7 +45,7 @@ class FeatureStatistics:
             return mean.float(), None
         std = (squares / count.clamp(min=1)).sqrt()
         std = std.clamp(min=std.mean() * _SMALLEST_DEVIATION)
-        return mean.float(), torch.where(count > 0, std, 1).float()
+        return mean.float(), torch.where(std > 0, std, 1).float()  # all constant, or nothing counted yet: not divided
 
     def sums(self, features: Tensor, mask: Tensor) -> Tensor:
         """Sums to be added up over microbatches and ranks and given to :meth:`update`; empty when nothing is kept.
@@ -48,27 +56,31 @@ class FeatureStatistics:
         """
         if self.normalize == "none":
             return features.new_empty(0)
-        rows = features.flatten(0, -2).float()
-        if self._moments is not None:
-            rows = rows - self._moments[1].float()
-        usable = mask.flatten() & torch.isfinite(rows).all(dim=-1)
-        rows = torch.where(usable[:, None], rows, 0)
-        count = usable.sum().double().expand(rows.shape[-1])
-        return torch.cat([count, rows.sum(dim=0).double(), rows.square().sum(dim=0).double()])
+        shift = None if self._moments is None else self._moments[1].float()
+        return feature_sums(features, mask, shift, implementation=self._implementation)
 
     def update(self, sums: Tensor) -> None:
-        """Merge one batch (Chan's parallel variance)."""
+        """Merge one batch (Chan's parallel variance).
+
+        Args:
+            sums: Of :meth:`sums`, on any device.
+        """
         if self.normalize == "none":
             return
-        new, total, squares = sums.view(3, -1)
-        count, mean, deviation = torch.zeros_like(sums.view(3, -1)) if self._moments is None else self._moments
-        shift = total / new.clamp(min=1)  # of the batch's mean against the old one
+        sums = sums.to(self._device)
+        new, (total, squares) = sums[0], sums[1:].view(2, -1)
+        if self._moments is None:
+            self._moments = torch.zeros(3, len(total), dtype=sums.dtype, device=sums.device)
+        count, mean, deviation = self._moments
+        found = total / new.clamp(min=1)  # the batch's mean, around what the sums were taken around
+        shift = found + mean.float() - mean
         merged = (count + new).clamp(min=1)
+        squares = (squares - new * found.square()).clamp(min=0)  # rounding may leave a constant feature below 0
         self._moments = torch.stack(
             [
                 count + new,
                 mean + shift * new / merged,
-                deviation + squares - new * shift.square() + shift.square() * count * new / merged,
+                deviation + squares + shift.square() * count * new / merged,
             ]
         )
 
@@ -80,11 +92,18 @@ class FeatureStatistics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over statistics, if they are kept and were kept; on the CPU until :meth:`to`."""
-        if self.normalize != "none" and state["moments"] is not None:
-            self._moments = torch.tensor(state["moments"], dtype=torch.float64)
+        """Take over statistics, if they are kept and were kept; what is not finite starts anew, with a warning."""
+        if self.normalize == "none" or state["moments"] is None:
+            return
+        moments = torch.tensor(state["moments"], dtype=torch.float64)
+        if torch.isfinite(moments).all():
+            moments[2].clamp_(min=0)
+            self._moments = moments.to(self._device)
+        else:
+            log.warning("the checkpoint's statistics of the teacher's features are not finite: they start anew.")
 
     def to(self, device: torch.device) -> None:
-        """Move to where the features are."""
+        """Name the device where the features are."""
+        self._device = device
         if self._moments is not None:
             self._moments = self._moments.to(device)

@@ -1,10 +1,13 @@
 """Which module is block k of a decoder, and its output once per forward. The same for students and teachers."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from let_composer.balance import measured
 
 __all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameters", "resolve_layer"]
 
@@ -12,13 +15,21 @@ __all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameter
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+_ADVICE = (
+    "Name the block whose output is to be used by its dotted path, "
+    "for example student_layer: model.transformer.blocks.2"
+)
+
+
+def find_blocks(model: nn.Module, advice: str = _ADVICE) -> tuple[str, nn.ModuleList]:
     """Find the decoder's list of blocks by structure: the outermost ``nn.ModuleList`` of modules of one class.
 
-    Where a model has several such lists, the one as long as the configuration says there are layers.
+    Hybrids have blocks of several classes: a list as long as the configuration says there are layers is one too. Where
+    a model has several lists, the one of that length.
 
     Args:
         model: Any causal LM, wrapped by FSDP, activation checkpointing or torch.compile or not.
+        advice: What to do where there is no telling, for the message.
 
     Returns:
         The dotted path of the list and the list. Its items are the outermost objects, wrappers included.
@@ -26,16 +37,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ValueError: If there is no such list or no telling which one is meant.
     """
-    lists = [(name, blocks) for name, blocks in _outermost_lists(model) if len({_kind(b) for b in blocks}) == 1]
+    expected = depth(model)
+    lists = [
+        (name, blocks)
+        for name, blocks in _outermost_lists(model)
+        if len(blocks) == expected or len({_kind(b) for b in blocks}) == 1
+    ]
     if len(lists) > 1:
-        expected = depth(model)
         lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected] or lists
     if len(lists) == 1:
         return lists[0]
     found = ", ".join(f"{name} ({len(blocks)} x {_kind(blocks[0]).__name__})" for name, blocks in lists) or "none"
     raise ValueError(
-        f"expected one list of decoder blocks in {_kind(model).__name__}, found {len(lists)}: {found}. Name the block "
-        "whose output is to be used by its dotted path, for example student_layer: model.transformer.blocks.2"
+        f"expected one list of decoder blocks in {_kind(model).__name__}, found {len(lists)}: {found}. {advice}"
     )
 
 
@@ -91,9 +105,9 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
 class Capture:
     """Keeps the output of one module, for the forward after ``arm`` only.
 
-    Evaluation, generation and dry passes run the same module unarmed and leave nothing behind. The hook is a plain
-    function on the outermost object of the block: activation checkpointing recomputes inside it without firing it
-    again, and a copy of the model does not copy what was captured.
+    Evaluation, generation and dry passes run the same module unarmed and leave nothing behind. The hook is on the
+    outermost object of the block: activation checkpointing recomputes inside it without firing it again. A copy of the
+    model, pickled ones included, has a hook that does nothing.
 
     Args:
         module: A decoder block; its output is a tensor ``[B, S, D]`` or a tuple that starts with one.
@@ -102,16 +116,18 @@ class Capture:
     def __init__(self, module: nn.Module) -> None:
         self.armed = False
         self.hidden: Tensor | None = None
+        self.sink: Tensor | None = None
+        self._handle = module.register_forward_hook(_Hook(self))
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.armed:
-                self.hidden = output[0] if isinstance(output, tuple) else output
+    def arm(self, sink: Tensor | None = None) -> None:
+        """Keep the output of the next forward.
 
-        self._handle = module.register_forward_hook(hook)
-
-    def arm(self) -> None:
-        """Keep the output of the next forward."""
+        Args:
+            sink: What is to hold the squared norm of the gradient that comes back to this output from the layers behind
+                it; see :func:`let_composer.balance.measured`. Default: ``None``, not measured.
+        """
         self.hidden = None
+        self.sink = sink
         self.armed = True
 
     def clear(self) -> None:
@@ -138,6 +154,23 @@ class Capture:
         """Clear, and take the hook off the module."""
         self.clear()
         self._handle.remove()
+
+
+class _Hook:
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._capture.armed:
+            return None
+        self._capture.hidden = hidden = output[0] if isinstance(output, tuple) else output
+        if self._capture.sink is None or not hidden.requires_grad:
+            return None
+        hidden = measured(hidden, self._capture.sink)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to a function that takes anything and returns None, of the library's
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def matmul_parameters(model: nn.Module) -> int:

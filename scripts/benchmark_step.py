@@ -104,7 +104,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> dic
     rows = torch.randint(int(model_config["vocab_size"]), (batch * 2 * steps, length))
     found: dict[str, Measurement] = {kind: Measurement([], None) for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        source = teacher_config(let.get("teacher", LET().teacher_name))
+        source = teacher_config(let.get("teacher", LET().options.teacher))
         if isinstance(source, str):
             source = AutoConfig.from_pretrained(source)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

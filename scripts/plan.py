@@ -30,6 +30,7 @@ from transformers import GPTNeoXConfig
 
 from let_composer import LET
 from let_composer.annealing import parse_stop, resolve_stop
+from let_composer.options import read_options
 from let_composer.student import find_blocks, matmul_parameters
 from let_composer.teacher import build_body
 
@@ -281,13 +282,14 @@ def make_plan(config: DictConfig, gpus: int, gpu: str | None, hardware: Hardware
     teacher, teacher_name, guided = None, None, 0.0
     options = (config.get("algorithms") or {}).get("let")
     if options is not None:
-        algorithm = LET(**cast(dict[str, Any], om.to_container(options, resolve=True)))
-        teacher_name = algorithm.teacher_name
-        body = build_body(teacher_config(teacher_name), algorithm.teacher_layer, algorithm.trust_remote_code)
+        guidance = read_options(LET, cast(dict[str, Any], om.to_container(options, resolve=True)))
+        teacher_name = guidance.teacher
+        arguments = guidance.teacher_arguments()
+        body = build_body(teacher_config(teacher_name), arguments["layer"], arguments["trust_remote_code"])
         context = getattr(body.config, "max_position_embeddings", length) or length
         teacher = count_teacher(body.to(dtype), microbatch, min(length, context))
-        if algorithm.weight > 0:
-            stop = parse_stop(algorithm.stop)
+        if not guidance.off:
+            stop = parse_stop(guidance.stop)
             end = resolve_stop(stop, duration, None)
             guided = min(steps, _steps(end, batch, tokens_a_step))
     overhead = teacher.flops * tokens_a_step / step_flops if teacher else 0.0

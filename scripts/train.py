@@ -5,11 +5,11 @@
 A second YAML is merged into the first, as a cloud's parameters file.
 
 ``algorithms: [let]``, ``algorithms: [gradient_clipping: {...}, let]`` and ``let:`` with nothing after it all work, and
-so do command-line overrides of a key of any of them.
+so do command-line overrides of a key of any of them. On the command line, and in a second YAML, null removes:
+``algorithms.let=null`` trains without LET, ``algorithms=null`` without any algorithm.
 """
 
 import difflib
-import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -27,7 +27,8 @@ def expand_algorithms(algorithms: Any) -> dict[str, Any]:
     """Turn any of the accepted forms into llm-foundry's mapping of names to keyword arguments.
 
     Args:
-        algorithms: A mapping, or a list of names and mappings; an empty value stands for no arguments.
+        algorithms: A mapping, or a list of names and mappings. A name alone stands for no arguments; null after a name
+            stays null.
 
     Raises:
         ValueError: If an item is neither, or a name comes twice.
@@ -39,13 +40,13 @@ def expand_algorithms(algorithms: Any) -> dict[str, Any]:
     expanded: dict[str, Any] = {}
     for item in algorithms or []:
         if isinstance(item, str):
-            item = {item: None}
+            item = {item: {}}
         if not isinstance(item, (dict, DictConfig)):
             raise ValueError(f"algorithms must list names or mappings of a name to its arguments, got {item!r}.")
         for name, arguments in item.items():
             if name in expanded:
                 raise ValueError(f"algorithms names {name!r} twice. Keep one of them.")
-            expanded[str(name)] = arguments or {}
+            expanded[str(name)] = arguments
     return expanded
 
 
@@ -85,16 +86,27 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     for config, source in zip(configs, [*paths, "the command line"], strict=True):
         if not isinstance(config, DictConfig):
             raise ValueError(f"expected {source} to hold a mapping, got {type(config).__name__}.")
-        if "algorithms" in config:
-            algorithms = config.algorithms
-            if isinstance(algorithms, ListConfig):
-                algorithms = list(algorithms)
-            config.algorithms = expand_algorithms(algorithms)
-    merged = om.merge(*configs)
+    first, *others = configs
+    merged = om.merge(first, {"algorithms": _with_defaults(first.pop("algorithms", None))})
+    for config in others:
+        algorithms = expand_algorithms(_listed(config.pop("algorithms"))) if "algorithms" in config else None
+        removed = merged.algorithms if algorithms == {} else [n for n, a in (algorithms or {}).items() if a is None]
+        kept = {name: arguments for name, arguments in merged.algorithms.items() if name not in removed}
+        added = {name: arguments for name, arguments in (algorithms or {}).items() if arguments is not None}
+        merged.algorithms = om.merge(kept, added)
+        merged = om.merge(merged, config)
     assert isinstance(merged, DictConfig)
     if not merged.get("code_paths"):  # code that registers more, and that llm-foundry has yet to import
         check_names(merged.get("algorithms") or {})
     return merged
+
+
+def _listed(algorithms: Any) -> Any:
+    return list(algorithms) if isinstance(algorithms, ListConfig) else algorithms
+
+
+def _with_defaults(algorithms: Any) -> dict[str, Any]:
+    return {name: arguments or {} for name, arguments in expand_algorithms(_listed(algorithms)).items()}
 
 
 def main(arguments: list[str]) -> None:
@@ -107,8 +119,6 @@ def main(arguments: list[str]) -> None:
             f"{arguments[0]} leaves {', '.join(missing)} open. Give a value on the command line: "
             + " ".join(f"{key}=..." for key in missing)
         )
-    level = str(config.get("python_log_level") or "info").upper()
-    logging.getLogger("let_composer").setLevel(min(logging.INFO, logging.getLevelName(level)))
     train(config)
 
 

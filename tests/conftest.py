@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from composer import DataSpec, Trainer
+from composer import DataSpec, Evaluator, Trainer
 from composer.loggers import InMemoryLogger
 from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
+from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
@@ -143,3 +144,24 @@ def files(folder: Path) -> set[str]:
 def allow_fsdp_without_cuda() -> None:
     """FSDP on the CPU needs nothing but this: Composer asks CUDA for the device unconditionally."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
+
+
+def hf_student(tokenizer: Any, folder: str, **options: Any) -> ComposerHFCausalLM:
+    return ComposerHFCausalLM(
+        tokenizer=tokenizer, pretrained_model_name_or_path=folder, pretrained=True, use_train_metrics=False, **options
+    )
+
+
+def evaluator(tokenizer: Any) -> Evaluator:
+    return Evaluator(label="eval", dataloader=build_data(tokenizer, seed=4), metric_names=["LanguageCrossEntropy"])

@@ -83,7 +83,7 @@ def build(
     if optimizer := case.pop("optimizer", None):
         defaults["optimizers"] = optimizer(model.parameters(), lr=1e-2)
     if teacher is not None:
-        options = {"stop": "3ba", "weight": 1.0, "normalize_teacher": "standardize", **options}
+        options = {"stop": "3ba", "weight": "auto", "normalize_teacher": "standardize", **options}
         defaults["algorithms"] = LET(teacher, **options)
     trainer = Trainer(
         model=model,
@@ -157,8 +157,13 @@ def _logged(logger: InMemoryLogger, *prefixes: str) -> dict[str, list[float]]:
 
 
 def _refuse(tokenizer: PreTrainedTokenizerFast, teacher: str, **case: Any) -> str:
+    automatic = case.pop("automatic", False)
     try:
-        build(tokenizer, teacher, **case)
+        trainer, _ = build(tokenizer, teacher, **case)
+        trainer.state.auto_microbatching = (
+            automatic  # as fit(device_train_microbatch_size="auto") sets it, on CUDA only
+        )
+        trainer.fit()
     except ValueError as error:
         return str(error)
     raise AssertionError(f"{case} was not refused")
@@ -230,6 +235,7 @@ def main(teacher: str, folder: str, who: str = "one") -> None:
         results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
         results["refused"] = {
             "teachers": _refuse(tokenizer, teacher if rank == 0 else str(other)),
+            "shard_auto": _refuse(tokenizer, teacher, placement="shard", automatic=True),
             "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
         }
         results["saved"] = {

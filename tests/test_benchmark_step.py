@@ -49,13 +49,13 @@ def test_three_kinds_of_steps_take_turns(run, tmp_path, capsys):
 
 def test_the_teacher_runs_in_guided_steps_alone(run, monkeypatch):
     calls: list[int] = []
-    hidden = script.LET._align
+    hidden = script.LET._run_teacher
 
     def align(self, state):
         calls.append(state.timestamp.batch.value)
         return hidden(self, state)
 
-    monkeypatch.setattr(script.LET, "_align", align)
+    monkeypatch.setattr(script.LET, "_run_teacher", align)
     script.measure(script.load(run, []), rounds=1, steps=4)
     assert calls == [0, 0, 1, 1, 2, 2, 3, 3]  # two microbatches a step; none after the stop
 

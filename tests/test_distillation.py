@@ -3,12 +3,14 @@
 import pytest
 import torch
 import train as script  # scripts/train.py
-from conftest import build_student, metrics, parameters
+from conftest import build_student, hf_student, metrics, parameters
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from let_composer import LET, RKD, SALT
-from let_composer.distillation import distillation_loss
+from let_composer.guidance import Guidance
+from let_composer.loss.distillation import compare_logits, distillation_loss
 from let_composer.teacher import Teacher
 
 
@@ -94,17 +96,73 @@ def test_weight_zero_is_bit_identical_to_no_algorithm(train, teacher_folder):
 
 def test_llm_foundry_finds_them():
     script.check_names(["let", "rkd", "salt"])
-    assert issubclass(SALT, LET)
+    assert issubclass(SALT, Guidance) and not issubclass(RKD, LET)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"weight": 1.5}, ValueError, "share of the distillation term, from 0 to 1, got 1.5"),
-        ({"temperature": 0}, ValueError, "temperature must be finite and greater than 0, got 0"),
-        ({"resize": "student"}, TypeError, "unexpected keyword argument 'resize'"),
-    ],
-)
-def test_bad_options(options, error, message):
-    with pytest.raises(error, match=message):
-        SALT(**options)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_chunks_and_a_head_change_nothing(temperature):
+    torch.manual_seed(0)
+    student = torch.randn(2, 5, 7, requires_grad=True)
+    states, head, mask = torch.randn(2, 5, 3), torch.randn(9, 3), torch.rand(2, 5) > 0.3
+    whole = distillation_loss(student, states @ head.T, mask, temperature)
+    parts, _ = compare_logits(student, states, mask, temperature, project=lambda x: x @ head.T, chunk=3)
+    torch.testing.assert_close(whole, parts)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (whole, parts)))
+
+
+def test_no_tensor_of_the_teachers_logits_is_larger_than_a_chunk():
+    student, states = torch.randn(4, 64, 32, requires_grad=True), torch.randn(4, 64, 8)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default:
+                sizes.append(out.numel())
+            return out
+
+    project = nn.Linear(8, 32, bias=False).requires_grad_(False)
+    with Sizes():
+        compare_logits(student, states, torch.ones(4, 64).bool(), project=project, chunk=16)[0].backward()
+    assert sizes == [16 * 32] * 2 * 16  # forward, and again in the backward pass
+
+
+def test_a_student_that_returns_tuples(train, tokenizer, teacher_folder):
+    model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": False})
+    found = train(RKD(teacher_folder, weight=0.25), model=model, max_duration="1ba")
+    lm, kd = metrics(found, "kd/lm_loss")[0], metrics(found, "kd/loss")[0]
+    assert float(metrics(found, "loss/train/total")[0]) == pytest.approx(0.75 * lm + 0.25 * kd, rel=1e-5)
+    assert kd == pytest.approx(0, abs=1e-5)  # the student starts as its teacher
+
+
+def test_a_student_without_blocks_that_can_be_told(train, tokenizer, teacher_folder):
+    model = build_student(tokenizer)
+    model.model.more = nn.ModuleList(nn.ReLU() for _ in range(4))  # which list of four are the blocks?
+    with pytest.raises(ValueError, match="expected one list of decoder blocks"):
+        train(LET(teacher_folder), model=model, fit=False)
+    train(RKD(teacher_folder), model=model, max_duration="1ba")
+
+
+def test_a_balancing_loss_keeps_its_weight(train, tokenizer, teacher_folder):
+    model = build_student(tokenizer)
+    plain_loss = model.loss
+
+    def loss(outputs, batch):  # the form of llm-foundry's mixtures of experts
+        lm, balance = plain_loss(outputs, batch), outputs.logits.square().mean()
+        return {"total": lm + balance, "loss": lm, "lbl": balance}
+
+    model.loss = loss
+    found = train(RKD(teacher_folder, weight=0.25), model=model, max_duration="1ba")
+    lm, balance, kd = (metrics(found, name)[0] for name in ("loss/train/loss", "loss/train/lbl", "kd/loss"))
+    assert float(metrics(found, "loss/train/total")[0]) == pytest.approx(
+        float(0.75 * lm + balance + 0.25 * kd), rel=1e-5
+    )
+
+
+def test_the_head_counts(train, teacher_folder):
+    found = train(algorithm := RKD(teacher_folder), max_duration="1ba", fit=False)
+    flops = 2 * (Teacher(teacher_folder).parameters + 64 * 24)
+    found.fit()
+    assert metrics(found, "kd/teacher_flops_share") == [
+        pytest.approx(flops / (flops + 6 * algorithm.student_parameters))
+    ]

@@ -18,6 +18,15 @@ def test_the_loss_does_not_import_composer():
     assert not {"composer", "llmfoundry", "streaming", "transformers"} & modules
 
 
+@pytest.mark.slow
+def test_training_imports_nothing_of_data_but_the_manifest():
+    modules = imported("from let_composer import LET, RKD\nLET()")
+    assert {m for m in modules if m.startswith("let_composer.data")} <= {
+        "let_composer.data",
+        "let_composer.data.manifest",
+    }
+
+
 def test_importing_the_package_does_not_import_triton():
     modules = imported("import let_composer")
     assert not {"triton", "composer"} & modules

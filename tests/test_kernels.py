@@ -204,11 +204,9 @@ def test_feature_sums(device, shape):
             found, truth = (f.feature_sums(teacher, mask, shift) for f in (kernels, reference))
             assert found.dtype == torch.float64 and found[0] == truth[0]
 
-            def variance(moments, count=truth[0].clamp(min=1)):
-                total, squares = moments[1:].view(2, -1)
-                return squares / count - (total / count).square()
-
-            torch.testing.assert_close(variance(found), variance(truth), rtol=1e-4, atol=1e-4)
+            means = [(moments[1:] / truth[0].clamp(min=1)).view(2, -1) for moments in (found, truth)]
+            variances = [squares - mean.square() for mean, squares in means]
+            torch.testing.assert_close(*variances, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(found[1:], truth[1:], rtol=1e-6, atol=1e-2)
 
 
@@ -458,28 +456,44 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+# What ptxas makes of a guided step's launches: most registers and barriers of a kernel in Triton 3.3. Registers decide
+# how many warps stay to hide latency: 96 leave 20 on a multiprocessor, 64 leave 32.
+MOST = {"forward": (96, 0), "mean": (60, 8), "backward": (80, 0), "backward_resized": (64, 0), "sums": (64, 12)}
+
+
 @compiled_only
-@pytest.mark.parametrize("pair", ["2048/2048", "2048/768", "2048/576", "4096/2048", "768/128"])
-def test_compiled_kernels(pair):
+@pytest.mark.parametrize(
+    ("pair", "options"),
+    [
+        ("2048/2048", {}),
+        ("2048/768", {}),
+        ("4096/2048", {}),
+        ("768/2048", {}),
+        ("64/8192", {}),
+        ("8192/64", {}),
+        ("2048/768", {"normalized": True}),
+        ("2048/768", {"dtype": torch.float32}),
+    ],
+)
+def test_compiled_kernels(pair, options):
     module = benchmark_loss()
-    rows = module.compile_report([pair])
+    rows = module.compile_report([pair], **options)
     assert {row["sm"] for row in rows} == {80, 90, 100}
     student, teacher = map(int, pair.split("/"))
+    sides = ["-"] if student == teacher else ["student", "teacher"]
+    assert {row["resize"] for row in rows} == set(sides) and {row["kernel"] for row in rows} <= MOST.keys()
     for row in rows:
-        assert row["spilled"] == 0, row
-        extra = module.SM_100_EXTRA if row["sm"] == 100 else 0
-        assert row["registers"] <= module.MAX_REGISTERS[row["kernel"]] + extra, row
-        wide = row["wide_expected"]  # 128-bit accesses of a thread to its part of a tile
-        if row["kernel"] in ("forward", "backward"):
-            # Only the taps of a resized teacher, and the few numbers of a row, are read in less than 128 bits.
-            assert row["loads"].get(128, 0) >= wide * (2 if student == teacher else 1), row
-            assert student != teacher or 16 not in row["loads"], row
-        if row["kernel"] != "forward":
+        registers, barriers = MOST[row["kernel"]]
+        assert row["spilled"] == 0 and row["registers"] <= registers and row["barriers"] <= barriers, row
+        if row["kernel"].startswith("backward"):
             assert set(row["stores"]) == {128}, row
-        if row["kernel"] == "backward":
-            assert row["stores"][128] == wide, row
-    table = module.report_table(rows)
-    assert len(table.splitlines()) == 2 + len(rows)
+        # Whole rows are read in 128 bits, and so is the side that is not resized; but going down to the width of the
+        # other, each lane reads two taps and one column: with eight columns its taps would meet in few banks.
+        if (row["kernel"], row["resize"]) in (("forward", "teacher"), ("backward", "teacher"), ("sums", "student")):
+            assert row["loads"].get(128, 0) > 0 or student < teacher, row
+        if row["resize"] == "-" and row["kernel"] in ("forward", "backward"):
+            assert 128 in row["loads"] and 16 not in row["loads"], row
+    assert len(module.report_table(rows).splitlines()) == 2 + len(rows)
 
 
 @compiled_only

@@ -202,7 +202,8 @@ def test_feature_sums(tokens):
     for shift in (None, torch.full((6,), 3e3)):
         centred = used - (0 if shift is None else shift.double())
         expected = torch.cat([torch.tensor([float(len(used))]).double(), centred.sum(0), centred.square().sum(0)])
-        torch.testing.assert_close(feature_sums(teacher, mask, shift), expected, rtol=1e-12, atol=1e-6)
+        rtol, atol = (1e-12, 0) if shift is None else (1e-5, 1e-3)  # around the mean, in fp32
+        torch.testing.assert_close(feature_sums(teacher, mask, shift), expected, rtol=rtol, atol=atol)
 
 
 # --- the door ---

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_pile import english, make_tokenizer
+from test_convert import english, make_tokenizer
 from transformers import AutoTokenizer
 
 

@@ -74,3 +74,34 @@ def test_state_is_plain_and_exact():
     restored = FeatureStatistics("standardize")
     restored.load_state_dict(state)
     torch.testing.assert_close(restored.mean_and_std(), statistics.mean_and_std(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.full((50, 50), 0.1) + torch.linspace(0, 3, 50),  # features that do not vary
+        3e3 + torch.randn(50, 50, generator=torch.Generator().manual_seed(0)),  # that vary little beside their mean
+        torch.randn(1, 100, generator=torch.Generator().manual_seed(0)),  # one counted token
+        torch.randn(1, 100, generator=torch.Generator().manual_seed(1)).expand(64, 100),  # equal tokens
+    ],
+    ids=["constant", "large mean", "one token", "equal tokens"],
+)
+@pytest.mark.parametrize("batches", [1, 3])
+def test_deviations_are_finite_whatever_the_features(rows, batches):
+    statistics = FeatureStatistics("standardize")
+    for _ in range(batches):
+        statistics.update(statistics.sums(rows, torch.ones(len(rows), dtype=torch.bool)))
+    mean, std = statistics.mean_and_std()
+    assert mean is not None and std is not None
+    torch.testing.assert_close(mean, rows.double().mean(dim=0).float())
+    assert torch.isfinite(std).all() and (std > 0).all()
+    wanted = rows.double().std(dim=0, correction=0).float()
+    varies = wanted > 1e-3
+    torch.testing.assert_close(std[varies], wanted[varies], rtol=1e-3, atol=0)
+
+
+def test_statistics_that_are_not_finite_start_anew(caplog):
+    statistics = FeatureStatistics("standardize")
+    statistics.load_state_dict({"normalize": "standardize", "moments": [[3.0], [1.0], [float("nan")]]})
+    assert statistics.mean_and_std() == (None, None)
+    assert "not finite: they start anew" in caplog.text

@@ -1,7 +1,9 @@
-"""Shards as users stream them: an S3-compatible server, several streams, another world size, llm-foundry's loader."""
+"""Shards as users stream them: an S3-compatible server, several streams, llm-foundry's loader."""
 
+import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,17 +11,21 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
-from test_pile import EOS, LENGTH, english, jsonl, make_tokenizer, plan, run, samples, shards
+from test_convert import EOS, LENGTH, english, jsonl, make_tokenizer, plan, run, samples, shards
 from transformers import AutoTokenizer
 
-from let_composer.pile import PileError, check_manifest, convert, verify
+from let_composer.data import DataError
+from let_composer.data.convert import convert
+from let_composer.data.manifest import check_manifest
+from let_composer.data.plan import Plan
+from let_composer.data.verify import verify
 
 pytestmark = pytest.mark.filterwarnings(
     # streaming and boto3 leave sockets and shared memory to the interpreter's exit.
@@ -74,124 +80,103 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def listing(bucket: str, prefix: str) -> dict[str, Any]:
-    import boto3
-
     client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
     pages = client.list_objects_v2(Bucket=bucket, Prefix=prefix)
     return {entry["Key"].removeprefix(prefix): entry for entry in pages.get("Contents", [])}
 
 
-def test_upload_and_read_back(tmp_path: Path, tokenizer: str, bucket: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl(english(200_000), lambda i: NAMES[i % 3 == 0]))
-    made = plan(tmp_path / "a.jsonl", tokenizer, validation=0.1, by_subset=True)
-    remote = f"s3://{bucket}/upload"
-    manifest = convert(made, remote, workers=2, work=str(tmp_path / "work"), progress=False)
-    run(made, tmp_path / "local")
-    assert not (tmp_path / "work").exists()
-    found = listing(bucket, "upload/")
-    assert set(found) == {*shards(tmp_path / "local"), "streams.yaml"}
-    for name, content in shards(tmp_path / "local").items():
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("source") / "a.jsonl"
+    file.write_bytes(jsonl(english(120_000), lambda i: NAMES[i % 3 == 0]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, tokenizer: str) -> Plan:
+    return plan(source, tokenizer, validation=0.1, by_subset=True, shard_bytes=4_000)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, made: Plan) -> Path:
+    out = tmp_path_factory.mktemp("local") / "out"
+    run(made, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory, made: Plan, bucket: str) -> str:
+    work = tmp_path_factory.mktemp("work")
+    convert(made, f"s3://{bucket}/shards/", workers=2, work=str(work), progress=False)
+    assert not list(work.iterdir())
+    return f"s3://{bucket}/shards"
+
+
+def test_upload_and_read_back(
+    tmp_path: Path, tokenizer: str, bucket: str, remote: str, local: Path, made: Plan
+) -> None:
+    found = listing(bucket, "shards/")
+    assert set(found) == {*shards(local), "streams.yaml"}
+    for name, content in shards(local).items():
         assert found[name]["Size"] == len(content), name
     # Nothing can be read before its last shard has arrived, and the whole is announced last.
     for folder in ("pile-cc/train", "github/validation"):
         parts = [v["LastModified"] for k, v in found.items() if k.startswith(folder) and "shard." in k]
         assert max(parts) <= found[f"{folder}/index.json"]["LastModified"] <= found["manifest.json"]["LastModified"]
+    manifest = json.loads((local / "manifest.json").read_text())
     assert convert(made, remote, workers=2, progress=False) == manifest
+    assert sum(verify(remote, 0).values()) == sum(verify(str(local), 0).values()) > 20_000
     hf = AutoTokenizer.from_pretrained(tokenizer)
     check_manifest(f"{remote}/pile-cc/train", hf, LENGTH)
-    with pytest.raises(ValueError, match="sequences of 64 tokens, but max_seq_len is 128"):
-        check_manifest(f"{remote}/pile-cc/train", hf, 128)
+    for written in (f"{remote}/pile-cc/train", f"{remote}//pile-cc//train/"):
+        with pytest.raises(ValueError, match="sequences of 64 tokens, but max_seq_len is 128"):
+            check_manifest(written, hf, 128)
     check_manifest(f"{remote}/nothing-here", hf, 128)
-    with pytest.raises(PileError, match="holds shards made otherwise"):
-        convert(plan(tmp_path / "a.jsonl", tokenizer), remote, workers=1, progress=False)
+    cache = tmp_path / "train"
+    cache.mkdir()
+    (cache / "index.json").write_bytes((local / "github" / "train" / "index.json").read_bytes())
+    check_manifest(f"{remote}/github/train", hf, LENGTH, str(cache))
+    with pytest.raises(ValueError, match="holds the index of other shards"):
+        check_manifest(f"{remote}/pile-cc/train", hf, LENGTH, str(cache))
+    with pytest.raises(DataError, match="holds shards made otherwise"):
+        convert(dataclasses.replace(made, validation=0.2), remote, workers=1, progress=False)
 
 
-RANKS = """
-import json, multiprocessing, os, sys
-from streaming import Stream, StreamingDataLoader, StreamingDataset
-
-def rank(number, world, port, config, state_in, batches, out):
-    os.environ.update(RANK=str(number), WORLD_SIZE=str(world), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    streams = [Stream(**{**s, "local": s["local"] + f"-{world}"}) for s in config["streams"].values()]
-    data = StreamingDataset(streams=streams, batch_size=8 // world, shuffle=True, shuffle_seed=5, cache_limit="40kb",
-                            validate_hash="xxh128", num_canonical_nodes=2, epoch_size=config["epoch_size"])
-    loader = StreamingDataLoader(data, batch_size=8 // world, num_workers=0)
-    if state_in:
-        loader.load_state_dict(state_in)
-    got = []
-    for count, batch in enumerate(loader, 1):
-        got.append([row.tobytes().hex() for row in batch["tokens"].numpy()])
-        if count == batches:
-            break
-    cached = sum(os.path.getsize(os.path.join(d, f)) for s in streams for d, _, fs in os.walk(s.local) for f in fs)
-    with open(f"{out}-{number}.json", "w") as file:
-        json.dump({"batches": got, "state": loader.state_dict(), "cached": cached}, file)
-    os._exit(0)
-
-config, folder, port, resume_after = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-context = multiprocessing.get_context("fork")
-def world(size, state, batches, name, port):
-    args = (size, port, config, state, batches, f"{folder}/{name}")
-    ranks = [context.Process(target=rank, args=(i, *args)) for i in range(size)]
-    [r.start() for r in ranks]
-    [r.join() for r in ranks]
-    assert all(r.exitcode == 0 for r in ranks), [r.exitcode for r in ranks]
-    return json.load(open(f"{folder}/{name}-0.json"))["state"]
-world(1, None, -1, "whole", port)
-state = world(1, None, resume_after, "first", port + 1)
-world(2, state, -1, "second", port + 2)
+UPLOAD = """
+import sys
+from let_composer.data.convert import convert
+from let_composer.data.plan import Plan
+source, tokenizer, out, work = sys.argv[1:]
+plan = Plan((source,), tokenizer, 64, 0.1, by_subset=True, piece_bytes=40_000, shard_bytes=4_000)
+convert(plan, out, workers=2, work=work, progress=False)
 """
 
 
 @pytest.mark.slow
-def test_elastic_resume_from_the_server(tmp_path: Path, tokenizer: str, bucket: str) -> None:
-    """One rank, stopped, then two: together they see what one rank sees that is never stopped, each sample once."""
-    (tmp_path / "a.jsonl").write_bytes(jsonl(english(120_000), lambda i: NAMES[i % 3 == 0]))
-    remote = f"s3://{bucket}/elastic"
-    made = plan(tmp_path / "a.jsonl", tokenizer, by_subset=True, shard_bytes=4_000)
-    manifest = convert(made, remote, workers=2, work=str(tmp_path / "work"), progress=False)
-    counts = {n: a["splits"]["train"]["samples"] for n, a in manifest["streams"].items()}
-    # As many as both streams hold in the proportion 2 to 1, so that no sample need be repeated; whole batches.
-    unit = min(counts["Pile-CC"] // 2, counts["Github"]) // 8 * 8
-    config = {
-        "streams": {
-            name: {
-                "remote": f"{remote}/{manifest['streams'][name]['folder']}",
-                "local": str(tmp_path / "cache" / manifest["streams"][name]["folder"]),
-                "split": "train",
-                "proportion": share,
-            }
-            for name, share in (("Pile-CC", 2), ("Github", 1))
-        },
-        "epoch_size": 3 * unit,
-    }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    stopped_after = 3 * unit // 8 // 3
-    command = [sys.executable, "-c", RANKS, json.dumps(config), str(tmp_path), str(port), str(stopped_after)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-    def read(name: str) -> dict[str, Any]:
-        return json.loads((tmp_path / f"{name}.json").read_text())
-
-    whole, first = read("whole-0")["batches"], read("first-0")["batches"]
-    ranks = [read(f"second-{i}")["batches"] for i in range(2)]
-    assert len(first) == stopped_after and len(ranks[0]) == len(ranks[1]) == len(whole) - stopped_after
-    seen = [row for batches in (first, *ranks) for batch in batches for row in batch]
-    assert len(seen) == 3 * unit
-    # Some texts hold the same sentences: a sample may come as often as it was written.
-    run(made, tmp_path / "local")
-    folders = [tmp_path / "local" / about["folder"] / "train" for about in manifest["streams"].values()]
-    written = Counter(row.tobytes().hex() for folder in folders for row in samples(folder))
-    assert not Counter(seen) - written
-    assert first == whole[:stopped_after]
-    for expected, *parts in zip(whole[stopped_after:], *ranks, strict=True):
-        assert sorted(expected) == sorted(row for part in parts for row in part)
-    held = sum(entry["Size"] for name, entry in listing(bucket, "elastic/").items() if "shard." in name)
-    assert read("whole-0")["cached"] < 50_000 < held, "the cache limit was never reached"
+def test_interrupted_uploads(
+    tmp_path: Path, source: Path, tokenizer: str, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at a random object (``LET_KILLS=30`` for as many), and with a store that goes away before the end."""
+    remote, work = f"s3://{bucket}/cut", str(tmp_path / "work")
+    chooser = random.Random(5)
+    for _ in range(int(os.environ.get("LET_KILLS", "1"))):
+        command = [sys.executable, "-c", UPLOAD, str(source), tokenizer, remote, work]
+        process = subprocess.Popen(command)
+        moment = chooser.randrange(len(shards(local)))
+        while process.poll() is None and len(listing(bucket, "cut/")) < moment:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert process.returncode == 0 or "manifest.json" not in listing(bucket, "cut/")
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="Cannot upload to .*call again"):
+        patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        convert(made, remote, workers=2, work=work, progress=False)
+    convert(made, remote, workers=2, work=work, progress=False)
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    found = {key: client.get_object(Bucket=bucket, Key=f"cut/{key}")["Body"].read() for key in listing(bucket, "cut/")}
+    del found["streams.yaml"]
+    assert found == shards(local) and not list((tmp_path / "work").glob("*.partial"))
 
 
 TRAIN = """
@@ -268,15 +253,11 @@ loggers: {{inmemory: {{}}}}
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, bucket: str) -> None:
+def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, bucket: str, remote: str) -> None:
     """LET on two streams from the server, killed between checkpoints, ends bit for bit as a run that was not."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    (tmp_path / "a.jsonl").write_bytes(jsonl(english(120_000), lambda i: NAMES[i % 3 == 0]))
-    remote = f"s3://{bucket}/run"
-    made = plan(tmp_path / "a.jsonl", tokenizer, by_subset=True, shard_bytes=4_000)
-    convert(made, remote, workers=2, work=str(tmp_path / "work"), progress=False)
     torch.manual_seed(1)
     size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=700, **size)).save_pretrained(tmp_path / "teacher")
@@ -292,7 +273,11 @@ def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, buck
     assert resumed["parameters"] == whole["parameters"]
     # More came from the server than the cache may hold.
     cached = sum(path.stat().st_size for path in (tmp_path / "b").rglob("*") if path.is_file())
-    assert cached < 50_000 < sum(entry["Size"] for key, entry in listing(bucket, "run/").items() if "shard." in key)
+    assert (
+        cached
+        < 50_000
+        < sum(entry["Size"] for key, entry in listing(bucket, "shards/").items() if "train/" in key and "shard." in key)
+    )
 
 
 def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> None:
@@ -304,7 +289,7 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> No
 
     texts = english(150_000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
-    run(plan(tmp_path / "a.jsonl", tokenizer, shuffle_seed=None), tmp_path / "out")
+    run(plan(tmp_path / "a.jsonl", tokenizer, piece_bytes=1 << 20), tmp_path / "out")
     hf = AutoTokenizer.from_pretrained(tokenizer)
     theirs: Any = ConcatTokensDataset(
         hf_dataset=datasets.Dataset.from_dict({"text": texts}),
@@ -331,25 +316,3 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> No
     )
     read = np.concatenate([batch["input_ids"].numpy() for batch in spec.dataloader])
     assert read.dtype == np.int64 and np.array_equal(read, np.stack(expected))
-
-
-def test_verify(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "A sentence that the screen will show. "
-    (tmp_path / "a.jsonl").write_bytes(jsonl([text * 40] * 30))
-    out = tmp_path / "out"
-    manifest = run(plan(tmp_path / "a.jsonl", tokenizer), out)
-    assert verify(str(out)) == {f"{out}/train": manifest["streams"][""]["splits"]["train"]["tokens"]}
-    assert text in capsys.readouterr().out
-    shard = sorted((out / "train").rglob("*.zstd"))[0]
-    good = shard.read_bytes()
-    shard.write_bytes(good[:-40] + bytes(40))
-    with pytest.raises(PileError, match="cannot be read back"):
-        verify(str(out))
-    shard.write_bytes(good)
-    changed = json.loads((out / "train" / "manifest.json").read_text())
-    changed["streams"][""]["splits"]["train"]["tokens"] += LENGTH
-    (out / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(PileError, match="the manifest says"):
-        verify(str(out))
-    with pytest.raises(PileError, match=r"Expected manifest\.json"):
-        verify(str(tmp_path))

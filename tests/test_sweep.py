@@ -1,13 +1,11 @@
-"""The experiment's runner: what would run, in which order, what is reused; the probe against plain LET."""
+"""The experiment's runner: what would run, in which order, what is reused."""
 
 import fcntl
 from pathlib import Path
 
-import gradient_probe
 import numpy as np
 import pytest
 import sweep  # scripts/sweep.py
-from conftest import metrics, parameters
 from omegaconf import OmegaConf as om
 
 from let_composer import LET
@@ -165,8 +163,6 @@ def test_the_experiments_here_are_whole(path):
     for job in sweep.plan(experiment):
         algorithms = om.to_container(job.config.algorithms, resolve=True)
         assert isinstance(algorithms, dict)
-        if "let_probe" in algorithms:
-            gradient_probe.ProbedLET(**algorithms["let_probe"])
         for name, options in algorithms.items():
             if name in ("let", "rkd", "salt"):
                 assert job.needs or options["teacher"] == job.config.variables.pretrained, job.name
@@ -188,33 +184,3 @@ def test_two_calls_do_not_share_a_folder(experiment):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another call is at work in runs"):
             sweep.main(["experiment.yaml"])
-
-
-def test_the_probe_changes_nothing_and_measures_the_gradients(train, teacher_folder):
-    options = {"teacher": teacher_folder, "weight": 0.5, "stop": "4ba", "student_layer": 2}
-    plain, probed = train(LET(**options)), train(gradient_probe.ProbedLET(every=2, **options))
-    assert all(bool((parameters(plain)[name] == p).all()) for name, p in parameters(probed).items())
-    assert len(metrics(probed, "let/gradient_ratio")) == 2
-    assert all(abs(value) <= 1 for value in metrics(probed, "let/gradient_cosine"))
-
-
-def test_the_balance_sets_the_ratio_and_a_disagreement_ends_the_guidance(train, teacher_folder, monkeypatch):
-    options = {"teacher": teacher_folder, "weight": 1.0, "stop": "1dur", "anneal": "constant", "student_layer": 2}
-    balanced = train(gradient_probe.ProbedLET(every=1, balance=2.0, **options))
-    assert sum(metrics(balanced, "let/gradient_ratio")[1:]) / 5 == pytest.approx(2.0, rel=0.3)
-    never_agreed = train(gradient_probe.ProbedLET(every=1, disagreement=1.1, **options))
-    assert set(metrics(never_agreed, "let/active")[:-1]) == {1.0}
-    probe = gradient_probe.ProbedLET(every=1, disagreement=1.1, **options)
-    monkeypatch.setattr(probe, "_agreed", True)
-    assert metrics(train(probe), "let/active") == [1.0, 0.0]
-
-
-def test_the_offset_makes_the_teacher_anisotropic_and_centring_takes_it_away(train, teacher_folder):
-    options = {"teacher": teacher_folder, "weight": 0.5, "stop": "1dur", "student_layer": 2, "resize": "teacher"}
-
-    def scores(**more):
-        return metrics(train(gradient_probe.ProbedLET(**options, **more)), "let/constant_cosine")
-
-    plain, shifted, centred = scores(), scores(offset=4.0), scores(offset=4.0, normalize_teacher="center")
-    assert max(plain[1:]) < 0.5 < 0.9 < min(shifted)
-    assert max(centred[2:]) < 0.5  # the first batch has no mean yet

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfi
 
 from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, check_vocabulary, needs_mask, read_vocabulary
+from let_composer.teacher_checks import fingerprint
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -134,28 +135,31 @@ def test_flops_are_those_of_the_operations_that_run(teacher_folder, length, laye
     assert matrices == pytest.approx(counter.get_total_flops(), rel=1e-3)  # the rotary frequencies are a product too
 
 
-def test_the_fingerprint_is_of_every_bit(teacher_folder):
-    first, second = Teacher(teacher_folder), Teacher(teacher_folder)
-    assert first.fingerprint() == second.fingerprint()
-    weight = second.body.layers[1].mlp.down_proj.weight.data
-    weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
-    assert first.fingerprint() != second.fingerprint()
+def test_the_fingerprint_is_of_every_bit_of_every_type(teacher_folder):
+    teacher = Teacher(teacher_folder)
+    assert teacher.fingerprint == Teacher(teacher_folder).fingerprint == fingerprint(teacher.body)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        body = copy.deepcopy(teacher.body).to(dtype)
+        before = fingerprint(body)
+        bits = body.layers[1].mlp.down_proj.weight.data.view(torch.uint8)
+        bits[-1, -1] ^= 1
+        assert fingerprint(body) != before
 
 
 def test_a_teacher_that_does_not_fit(teacher_folder, monkeypatch):
-    def full(self: torch.nn.Module, *args: object) -> torch.nn.Module:
+    def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(torch.nn.Module, "to", full)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**20, 80 * 2**20))
+    waiting = Teacher(teacher_folder, device="cuda", placement="shard")
+    assert {(p.device.type, p.dtype) for p in waiting.body.parameters()} == {("cpu", torch.bfloat16)}
+    monkeypatch.setattr("let_composer.teacher.load", full)
     size = 2 * sum(p.numel() for p in LlamaForCausalLM.from_pretrained(teacher_folder).model.parameters()) / 2**20
     message = (
         f"does not fit on cuda: its parameters take {size:.1f} MiB, and 3.0 of 80.0 MiB are free.*placement: shard"
     )
     with pytest.raises(ValueError, match=message):
-        Teacher(teacher_folder, device="cuda")
-    waiting = Teacher(teacher_folder, device="cuda", placement="shard")
-    assert {p.device.type for p in waiting.body.parameters()} == {"cpu"}
+        Teacher(teacher_folder, device="cuda", check=False)
 
 
 @pytest.mark.parametrize("length", [LENGTH, LENGTH + 5, 3 * LENGTH])

@@ -57,6 +57,24 @@ def test_the_whole_list_can_be_given_on_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("algorithms.let=null", {"gradient_clipping"}),
+        ("algorithms={let: null}", {"gradient_clipping"}),
+        ("algorithms=null", set()),
+        ("algorithms=[]", set()),
+        ("algorithms={}", set()),
+    ],
+)
+def test_null_removes_on_the_command_line_and_in_a_second_yaml(tmp_path, given, left):
+    path = write(tmp_path / "run.yaml", "\n  gradient_clipping: {clipping_type: norm}\n  let: {weight: 0.3}")
+    second = tmp_path / "second.yaml"
+    om.save(om.from_cli([given]), second)
+    assert set(script.load(path, [given]).algorithms) == set(script.load(path, [str(second)]).algorithms) == left
+    assert script.load(path, [str(second), "algorithms=[let]"]).algorithms.let == {}
+
+
+@pytest.mark.parametrize(
     ("algorithms", "message"),
     [
         (" [lett]", "no algorithm 'lett'. Did you mean 'let'?"),
@@ -142,7 +160,7 @@ callbacks:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # llm-foundry's, streaming's and multiprocessing's own; what is tested is the run
-def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder):
+def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder, capsys):
     """Through llm-foundry's own entry, not ours."""
 
     def run(let: str) -> Any:
@@ -155,6 +173,9 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
 
     plain = run("")
     guided = run(f"  let: {{teacher: {teacher_folder}, weight: 1.0, stop: 0.5dur}}")
+    shown = capsys.readouterr().err  # llm-foundry replaces the root logger's handlers
+    for line in ("for model.transformer.blocks.2", "LET guides until 3ba", "the teacher is released"):
+        assert line in shown
     assert guided["let/weight"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
     assert len(guided["let/loss"]) == 3
     assert len(guided["loss/train/total"]) == len(plain["loss/train/total"]) == 6
@@ -176,7 +197,8 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
     ],
 )
 def test_shards_made_otherwise_are_refused_before_training(shards, teacher_folder, changes, message):
-    manifest = {"sequence_length": 16, "tokenizer": {}, **changes}
+    made = {"vocabulary_size": 62, "name": "here", "fingerprint": "sha256:0"}
+    manifest = {"sequence_length": 16, "tokenizer": made, **changes}
     (shards / "shards" / "manifest.json").write_text(json.dumps(manifest))
     path = shards / "run.yaml"
     path.write_text(SMALL_CPU.format(root=shards, let=f"  let: {{teacher: {teacher_folder}}}"))

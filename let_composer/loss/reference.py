@@ -14,7 +14,7 @@ __all__ = ["EPSILON", "LARGEST", "alignment", "feature_sums", "resize_features",
 EPSILON = 1e-6
 LARGEST = 2.0**64
 
-_ROWS = 1024  # that feature_sums holds in fp64 at a time
+_ROWS = 1024  # that feature_sums converts at a time
 
 
 def alignment(
@@ -67,13 +67,16 @@ def target_sum(
 
 
 def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Count, sums and sums of squares around ``shift``, in fp64; see :func:`let_composer.loss.feature_sums`."""
+    """Count, sums and sums of squares around ``shift``; see :func:`let_composer.loss.feature_sums`.
+
+    Without a shift the arithmetic is fp64, since fp32 would cancel where a mean is large beside its deviation.
+    """
     width = teacher.shape[-1]
-    origin = 0.0 if shift is None else shift.double()
+    dtype, origin = (torch.float64, 0.0) if shift is None else (torch.float32, shift.float())
     total = torch.zeros(1 + 2 * width, dtype=torch.float64, device=teacher.device)
     for rows, counted in zip(teacher.reshape(-1, width).split(_ROWS), mask.reshape(-1).split(_ROWS), strict=True):
         used = counted & torch.isfinite(rows).all(dim=-1)
-        rows = torch.where(used[:, None], rows.double() - origin, 0)
+        rows = torch.where(used[:, None], rows.to(dtype) - origin, 0)
         total = total + torch.cat([used.sum().view(1), rows.sum(dim=0), rows.square().sum(dim=0)])
     return total
 

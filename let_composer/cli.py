@@ -1,0 +1,56 @@
+"""``let-composer VERB ...``: one command for everything but training, which stays llm-foundry's."""
+
+import argparse
+import importlib
+import sys
+
+import let_composer
+
+__all__ = ["VERBS", "main"]
+
+# Verb -> its module, imported only when it is called, and a line for --help. A module offers ``__doc__``,
+# ``add_arguments(parser)`` and ``run(args)``, which returns the exit status or None.
+VERBS = {
+    "prepare": ("let_composer.data.prepare", "turn text into streaming shards"),
+    "verify": ("let_composer.data.verify", "read shards back and check hashes, counts and token ids"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; what the user can put right is told in a line, without a traceback.
+
+    Args:
+        argv: The arguments. Default: those of the process.
+
+    Returns:
+        The exit status.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    lines = "\n".join(f"  {verb:10}{line}" for verb, (_, line) in VERBS.items())
+    top = argparse.ArgumentParser(
+        "let-composer",
+        description=f"{str(__doc__).partition(':')[0]} with one of these verbs:\n\n{lines}",
+        epilog="let-composer VERB --help shows what a verb takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=let_composer.__version__)
+    top.add_argument("verb", choices=VERBS, metavar="VERB")
+    verb = top.parse_args(argv[:1]).verb
+    module = importlib.import_module(VERBS[verb][0])
+    parser = argparse.ArgumentParser(
+        f"let-composer {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    try:
+        return module.run(args) or 0
+    except (ValueError, OSError) as error:
+        print(f"let-composer {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"let-composer {verb}: stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

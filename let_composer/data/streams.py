@@ -1,0 +1,67 @@
+"""The ``streams:`` block of a llm-foundry YAML, and how much of each subset it samples."""
+
+import math
+from typing import Any
+
+from let_composer.data import DataError
+
+__all__ = ["PILE_WEIGHTS", "check_proportions", "streams_block"]
+
+# Share of each subset in the Pile, in percent of the bytes that a model sees in one pass (Gao et al. 2020, table 1).
+# fmt: off
+PILE_WEIGHTS = {
+    "Pile-CC": 18.11, "PubMed Central": 14.40, "Books3": 12.07, "OpenWebText2": 10.01, "ArXiv": 8.96, "Github": 7.59,
+    "FreeLaw": 6.12, "StackExchange": 5.13, "USPTO Backgrounds": 3.65, "PubMed Abstracts": 3.07,
+    "Gutenberg (PG-19)": 2.17, "OpenSubtitles": 1.55, "Wikipedia (en)": 1.53, "DM Mathematics": 1.24,
+    "Ubuntu IRC": 0.88, "BookCorpus2": 0.75, "EuroParl": 0.73, "HackerNews": 0.62, "YoutubeSubtitles": 0.60,
+    "PhilPapers": 0.38, "NIH ExPorter": 0.30, "Enron Emails": 0.14,
+}
+# fmt: on
+
+
+def check_proportions(proportions: dict[str, float] | None, subsets: set[str], complete: bool) -> None:
+    """Refuse proportions that do not fit the subsets found so far, or all of them."""
+    if proportions is None:
+        return
+    if bad := [f"{name}={weight}" for name, weight in proportions.items() if not 0 < weight < math.inf]:
+        raise DataError(f"Proportions must be above 0 and finite, got {', '.join(bad)}. Leave out what is not wanted.")
+    if missing := sorted(subsets - set(proportions)):
+        raise DataError(f"No proportion for {', '.join(missing)}, which the input holds. Expected one for each subset.")
+    if complete and (unknown := sorted(set(proportions) - subsets)):
+        raise DataError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(subsets))}.")
+
+
+def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, float] | None = None) -> str:
+    """Write the ``streams:`` block for ``train_loader.dataset`` of a llm-foundry YAML.
+
+    Args:
+        manifest: What ``convert`` returned.
+        out: Where the shards are, as the training machines see it.
+        proportions: Share of each subset in the tokens that are trained on. Default: the Pile's published shares, which
+            are of bytes, turned into tokens, when all subsets are the Pile's, and else their token counts.
+    """
+    streams = {
+        name: about["splits"]["train"] | {"folder": about["folder"]}
+        for name, about in manifest["streams"].items()
+        if about["splits"]["train"]["samples"]
+    }
+    check_proportions(proportions, set(streams), complete=True)
+    if proportions is None and all(name in PILE_WEIGHTS for name in streams):
+        proportions = {n: PILE_WEIGHTS[n] * s["tokens"] / s["bytes"] for n, s in streams.items()}
+    shares = proportions or {name: s["tokens"] for name, s in streams.items()}
+    remote, out = "://" in out, out.rstrip("/")
+    lines = ["# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split."]
+    if remote:
+        lines += [
+            "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it."
+        ]
+    lines += ["streams:"]
+    for name, about in streams.items():
+        key = about["folder"] or "all"
+        where = f"{out}/{about['folder']}".rstrip("/")
+        lines += [f"  {key}:  # {about['tokens']:,} tokens"]
+        lines += (
+            [f"    remote: {where}", f"    local: ${{variables.cache}}/{key}"] if remote else [f"    local: {where}"]
+        )
+        lines += ["    split: train", f"    proportion: {shares[name] / sum(shares.values()):.6g}"]
+    return "\n".join(lines) + "\n"

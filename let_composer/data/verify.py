@@ -1,0 +1,77 @@
+"""Read every shard back as streaming does and check hashes, counts and token ids."""
+
+import argparse
+import sys
+import tempfile
+from typing import Any
+
+from let_composer.data import DataError
+from let_composer.data.manifest import MANIFEST, join, read_manifest
+from let_composer.data.plan import load_tokenizer
+from let_composer.data.shards import HASH
+
+__all__ = ["add_arguments", "run", "verify"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take the command line's arguments."""
+    parser.add_argument("out", metavar="OUT", help="what let-composer prepare made, local or remote")
+    parser.add_argument(
+        "--samples", type=int, default=2, help="how many of each split to decode and print (%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    verify(args.out, args.samples)
+
+
+def verify(out: str, samples: int = 2) -> dict[str, int]:
+    """Read every shard back; memory of running loaders is left alone.
+
+    Args:
+        out: What ``convert`` made.
+        samples: How many samples of each split to decode and print. Default: ``2``.
+
+    Returns:
+        Tokens read for each split folder.
+
+    Raises:
+        DataError: Something read differs from the manifest.
+    """
+    from streaming import Stream
+    from streaming.base.world import World
+
+    if (manifest := read_manifest(out, above=False)) is None:
+        raise DataError(f"Expected {MANIFEST} in {out}, found none of ours: was it made by let-composer prepare?")
+    tokenizer = load_tokenizer(manifest["tokenizer"]["name"])
+    read = {}
+    for about in manifest["streams"].values():
+        for split, counts in about["splits"].items():
+            if not counts["samples"]:
+                continue
+            where = join(out, about["folder"], split)
+            tokens, largest, shown = 0, 0, samples
+            with tempfile.TemporaryDirectory() as cache:
+                # As from a store: only what is downloaded and decompressed has its hashes checked.
+                stream = Stream(remote=where, local=cache, validate_hash=HASH, download_retry=2, download_timeout=60)
+                stream.apply_default({"split": "", "keep_zip": False})
+                try:
+                    for shard in stream.get_shards(World.detect(), allow_unsafe_types=False):
+                        stream.prepare_shard(shard)
+                        for number in range(shard.samples):
+                            sample: Any = shard[number]["tokens"]
+                            tokens += len(sample)
+                            largest = max(largest, int(sample.max()))
+                            if (shown := shown - 1) >= 0:
+                                print(f"--- {where}, sample {number}:\n{tokenizer.decode(sample.tolist())}\n")
+                        shard.evict()
+                except (ValueError, RuntimeError, OSError) as error:
+                    raise DataError(f"{where} cannot be read back: {error}") from error
+            if tokens != counts["tokens"]:
+                raise DataError(f"{where}: the manifest says {counts['tokens']} tokens, read {tokens}.")
+            if largest >= manifest["tokenizer"]["vocabulary_size"]:
+                raise DataError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
+            print(f"{where}: {counts['samples']:,} samples, {tokens:,} tokens, hashes right.", file=sys.stderr)
+            read[where] = tokens
+    return read

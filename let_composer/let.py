@@ -1,0 +1,252 @@
+"""LET: a small teacher's late hidden states guide an early layer of the student."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from composer.core import State
+from torch import Tensor, nn
+
+from let_composer.annealing import Anneal
+from let_composer.balance import GradientRatio, measured
+from let_composer.guidance import Guidance
+from let_composer.loss import Implementation, Resize, alignment, target_sum
+from let_composer.options import LETOptions, refuse_unknown
+from let_composer.statistics import FeatureStatistics, Normalize
+from let_composer.student import Capture, resolve_layer
+from let_composer.teacher import Placement
+
+__all__ = ["LET"]
+
+
+class LET(Guidance[LETOptions]):
+    """Late-to-Early Training (`arXiv 2602.05393 <https://arxiv.org/abs/2602.05393>`_): for the first part of the run, a
+    small frozen teacher's late hidden states guide an early layer of the student.
+
+    ``loss = student's loss + weight(t) * mean over loss-generating tokens of -cos(student layer, teacher layer)``
+
+    Runs on ``Event.AFTER_LOAD`` (find the block, load the teacher), ``BATCH_START`` (weight), ``BEFORE_FORWARD`` and
+    ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term) and ``BATCH_END`` (metrics; when the
+    weight has reached zero, free the teacher). After that nothing runs, unless ``FIT_START`` finds that the clock was
+    reset: then the guidance starts anew. With ``weight: 0`` no event is matched at all. A guided step costs the
+    teacher's forward without its LM head. It adds no synchronisation with the host before ``BATCH_END``, where Composer
+    has had one already, but for teachers that :mod:`let_composer.teacher` names.
+
+    The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
+    share token ids. Where the student keeps packed documents apart (``attn_uses_sequence_id``), so does the teacher.
+
+    Runs with DDP, FSDP1 and FSDP2, with activation checkpointing, microbatching and torch.compile; refuses tensor
+    parallelism. Every rank must have the same teacher, which is checked. One LET guides one pair of layers; a second
+    one in the same run is refused. Beside :class:`RKD` both terms join with the student's own loss, in any order.
+
+    Args:
+        teacher: A causal decoder: hub id, with ``@revision`` if need be, local folder in the Hugging Face format, or
+            ``.gguf`` file. Default: ``"EleutherAI/pythia-160m"``, which shares the vocabulary of llm-foundry's MPT
+            YAMLs and was trained on the Pile.
+        student_layer: Number of student blocks passed, as in HF ``hidden_states[3]``; negative counts from the end. Or
+            the dotted path of any module, for models whose blocks are not found. Default: ``3``, our choice (paper: "an
+            early layer").
+        teacher_layer: Teacher hidden state; ``-1`` is the last, after the final norm. Default: ``-1`` (paper: the last
+            layer; after the norm is our choice).
+        weight: Weight at the start (paper: lambda_0), finite and not negative; or ``"auto"``, at which the term's
+            gradient at the guided block is as long as that of the student's loss (:class:`GradientRatio`; our choice).
+            It harms where the student passes the teacher early in the run (README, evidence).
+            Default: ``0.1``, the paper's best at 1.4B; students of a few million parameters needed 10 (README,
+            evidence).
+        stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once
+            and kept in checkpoints, until the clock is reset. Past ``max_duration`` it warns. Default: ``"0.5dur"``,
+            our choice, the paper is silent; an earlier one saved less with 0.64M students (README, evidence).
+        anneal: ``"linear"`` (paper) or ``"cosine"`` from ``weight`` to 0 at ``stop``; ``"constant"`` until ``stop``.
+            Default: ``"linear"``.
+        resize: Whose features are linearly interpolated where the widths differ, ``"teacher"`` or ``"student"``.
+            Default: ``"student"``, our choice: sources on the paper disagree, and it did better with 0.64M
+            students (README, evidence).
+        normalize_teacher: ``"none"`` (paper); ``"center"`` subtracts the running mean of every teacher feature;
+            ``"standardize"`` also divides by its running deviation. Statistics of earlier batches are used, so the very
+            first batch is not normalised. Default: ``"none"``.
+        placement: ``"replicate"`` keeps the teacher on every rank; ``"shard"`` spreads it over the ranks of a node
+            (FSDP2, whatever the student uses), which excludes ``device_train_microbatch_size: auto``. Default:
+            ``"replicate"``.
+        implementation: Of the alignment loss: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on CUDA. Default:
+            ``"auto"``.
+        trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
+
+    Logs, exact over microbatches and ranks, at the start of a batch: ``let/weight``, ``let/active`` and
+    ``let/teacher_flops_share`` (the teacher's share of a guided step's matmul FLOPs). At its end, as means over tokens
+    also where Composer weights microbatches by samples:
+
+    - ``let/loss``: the term, unweighted.
+    - ``let/lm_loss``: the student's loss before the term is added.
+    - ``let/cosine`` and ``let/constant_cosine``: the cosine, and what the best constant vector would score.
+    - ``let/usable``: the share of tokens whose hidden states had a direction on both sides; warns once when it is low.
+    - ``let/gradient_ratio``: at the guided block, length of the weighted term's gradient over that of the student's
+      loss.
+
+    Once, ``let/memory_returned_mib``. :class:`let_composer.throughput.GuidedThroughput` logs throughput with the
+    teacher's FLOPs.
+
+    Raises:
+        TypeError: For an unknown or wrongly typed argument.
+        ValueError: For a value out of range; at ``AFTER_LOAD`` or ``FIT_START`` for one that does not fit the run, at
+            ``BATCH_START`` for batches without ``input_ids`` and ``labels``.
+    """
+
+    options_type = LETOptions
+    prefix = "let"
+
+    def __init__(
+        self,
+        teacher: str = "EleutherAI/pythia-160m",
+        student_layer: int | str = 3,
+        teacher_layer: int = -1,
+        weight: float | Literal["auto"] = 0.1,
+        stop: str = "0.5dur",
+        anneal: Anneal = "linear",
+        resize: Resize = "student",
+        normalize_teacher: Normalize = "none",
+        placement: Placement = "replicate",
+        implementation: Implementation = "auto",
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> None:
+        refuse_unknown(type(self), unknown)
+        self._capture: Capture | None = None
+        self._sinks: list[Tensor] = []
+        super().__init__(
+            LETOptions(
+                teacher=teacher,
+                student_layer=student_layer,
+                teacher_layer=teacher_layer,
+                weight=weight,
+                stop=stop,
+                anneal=anneal,
+                resize=resize,
+                normalize_teacher=normalize_teacher,
+                placement=placement,
+                implementation=implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+
+    def restart(self) -> None:
+        """Forget the running statistics: a run starts."""
+        super().restart()
+        self._had_gradient = False
+        self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
+        self._balance = GradientRatio()
+
+    def attach(self, model: nn.Module, device: torch.device) -> str:
+        """Find the guided block and listen to its output; returns its dotted path."""
+        super().attach(model, device)
+        path, block = resolve_layer(model, self.options.student_layer)
+        if _frozen_up_to(model, block):
+            raise ValueError(
+                f"expected something to train up to {path} (student_layer {self.options.student_layer}), but all "
+                "parameters there are frozen: the guidance would change nothing. Unfreeze them, choose a later layer, "
+                "or remove LET."
+            )
+        example = torch.zeros(1, 8, device=device)
+        alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
+        self._statistics.to(device)
+        self._capture = Capture(block)
+        # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
+        self._sinks = [torch.zeros((), device=device, requires_grad=True) for _ in range(2)]
+        return path
+
+    def detach(self) -> None:
+        """Take the hook off the student and forget the batch."""
+        super().detach()
+        if self._capture is not None:
+            self._capture.remove()
+        self._capture = None
+
+    def arm(self) -> None:
+        """Listen to the forward that begins."""
+        assert self._capture is not None
+        self._capture.arm(self._sinks[0])
+
+    def strength(self) -> float:
+        """The weight before annealing."""
+        return self._balance.weight if self.options.weight == "auto" else self.options.weight
+
+    def drop_batch(self) -> None:
+        """Forget the batch, and the gradients seen in it."""
+        super().drop_batch()
+        for sink in self._sinks:
+            sink.grad = None
+
+    def forget(self) -> None:
+        """Drop the captured hidden states."""
+        if self._capture is not None:
+            self._capture.clear()
+
+    def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
+        """The mean negative cosine between the guided block's output and the teacher's states."""
+        assert self._capture is not None
+        student = self._capture.take()
+        self._require_gradient(student)
+        mean, std = self._statistics.mean_and_std()
+        normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
+        found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
+        width = student.shape[-1] if self.options.resize == "teacher" else None
+        self._sums.add(
+            usable=found.usable,
+            targets=target_sum(states, mask, width=width, inverse_norm=found.inverse_norm, **normalisation),
+            features=self._statistics.sums(states, mask),
+        )
+        return found.loss
+
+    def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
+        """Adds to the loss."""
+        return weight * term
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Squared norms at the guided block, of the gradients of the student's loss and of the weighted term."""
+        norms = [sink.new_zeros(()) if sink.grad is None else sink.grad for sink in self._sinks]
+        return {"gradients": torch.stack(norms)}
+
+    def report(self, sums: Mapping[str, Tensor], weight: float) -> dict[str, float]:
+        """The cosine, what a constant would score, the share of tokens with a direction, and the gradients' ratio."""
+        self._statistics.update(sums["features"])
+        tokens = float(sums["tokens"])
+        model, term = sums["gradients"].sqrt().tolist()
+        self._balance.update(model, term / weight)
+        return {
+            "cosine": -float(sums["loss"]) / max(tokens, 1.0),
+            "constant_cosine": float(torch.linalg.vector_norm(sums["targets"])) / max(tokens, 1.0),
+            "usable": float(sums["usable"]) / tokens if tokens else 1.0,
+            "gradient_ratio": term / model if model else 0.0,
+        }
+
+    def saved(self) -> dict[str, Any]:
+        """The running statistics and norms."""
+        return {"statistics": self._statistics.state_dict(), "norms": self._balance.norms}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over the running statistics and norms."""
+        self._statistics.load_state_dict(saved["statistics"])
+        self._balance.norms = saved["norms"]
+
+    def _require_gradient(self, student: Tensor) -> None:
+        if student.requires_grad:
+            self._had_gradient = True
+        elif self._had_gradient:  # another algorithm has frozen blocks in the middle of the run
+            self.ends_early = "everything up to the guided block is frozen now, so there is nothing left to guide"
+        else:
+            raise RuntimeError(
+                f"expected the hidden states of student_layer {self.options.student_layer} to carry a gradient, but "
+                "they come out without one, as from re-entrant checkpointing of the model's own "
+                "(gradient_checkpointing_enable). Use Composer's activation checkpointing, or use_reentrant: false."
+            )
+
+
+def _frozen_up_to(model: nn.Module, block: nn.Module) -> bool:
+    """Whether nothing is trained in the modules that are registered before ``block`` or in it."""
+    inside = set(block.modules())
+    for module in model.modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            return False
+        inside.discard(module)
+        if not inside:
+            return True
+    return False

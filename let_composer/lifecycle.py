@@ -1,0 +1,349 @@
+"""Wait for a run, guide it, end. What the methods share, whatever they do in between.
+
+Only this room, guidance.py, and let.py and distillation.py, which build on them, see State, events and batches.
+"""
+
+import dataclasses
+import enum
+import gc
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from composer import Callback
+from composer.core import Algorithm, Event, State, Time
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from let_composer.annealing import Schedule
+from let_composer.options import Options
+from let_composer.student import matmul_parameters
+from let_composer.teacher import Teacher, load_teacher
+
+__all__ = ["Lifecycle", "Phase"]
+
+log = logging.getLogger(__name__)
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class Phase(enum.Enum):
+    """Where a guidance stands.
+
+    ``INIT`` leads back to WAITING when the instance is given to another Trainer, ``FIT_START`` from ENDED to GUIDING
+    when the clock was reset.
+    """
+
+    OFF = "off"  # weight 0, for good
+    WAITING = "waiting"  # for a run to guide
+    GUIDING = "guiding"
+    ENDED = "ended"
+
+
+_BETWEEN_RUNS = frozenset({Event.INIT, Event.FIT_START})
+_EVENTS = {
+    Phase.OFF: frozenset(),
+    Phase.WAITING: _BETWEEN_RUNS | {Event.AFTER_LOAD},
+    Phase.GUIDING: _BETWEEN_RUNS
+    | {
+        Event.BATCH_START,
+        Event.BEFORE_TRAIN_BATCH,
+        Event.BEFORE_FORWARD,
+        Event.AFTER_FORWARD,
+        Event.AFTER_LOSS,
+        Event.BATCH_END,
+    },
+    Phase.ENDED: _BETWEEN_RUNS,
+}
+
+
+class Lifecycle(Algorithm, Generic[OptionsT]):
+    """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both.
+
+    Args:
+        options: Of the method.
+    """
+
+    options_type: ClassVar[type[Options]]
+    prefix: ClassVar[str]  # of metrics and hyperparameters
+    head: ClassVar[bool] = False  # whether the teacher's LM head is needed
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+        values = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(options).items())
+        self._repr = f"{type(self).__name__}({values})"
+        self._teacher: Teacher | None = None
+        self._closing: _Closing | None = None
+        self._reset()
+        if self.phase is Phase.OFF:
+            _say("%s has weight 0: the run is not guided.", type(self).__name__)
+
+    def __repr__(self) -> str:  # the engine evaluates it for every event
+        return self._repr
+
+    @property
+    def guiding(self) -> bool:
+        """Whether the teacher is loaded and runs in every training forward."""
+        return self.phase is Phase.GUIDING
+
+    # ---- what a method brings ----
+
+    def attach(self, model: nn.Module, device: torch.device) -> str:
+        """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Let go of the student and of what was kept of a batch. Called as often as may be."""
+
+    def restart(self) -> None:
+        """Forget what was learnt on the way: a run starts."""
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides, as plain Python values."""
+        return {}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over what :meth:`saved` returned, from a run with the same teacher."""
+
+    def batch_event(self, event: Event, state: State, logger: Logger) -> None:
+        """An event of a guided batch."""
+        raise NotImplementedError
+
+    # ---- events ----
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether there is anything to do: never with ``weight: 0``, hardly ever once the teacher is gone."""
+        return event in _EVENTS[self.phase]
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """One event of the life cycle; see :class:`let_composer.LET` for which does what."""
+        if event == Event.INIT:
+            self._end(state)  # if this instance served another Trainer before
+            self._reset()
+            self._meet_others(state)
+            self.student_parameters = matmul_parameters(state.model)  # before FSDP shards them
+        elif event == Event.AFTER_LOAD:
+            if state.train_dataloader is not None:  # else it only evaluates, or gets its data in fit()
+                self._begin(state, logger, starts=False)
+        elif event == Event.FIT_START:
+            self._begin(state, logger, starts=True)
+        else:
+            self.batch_event(event, state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain Python values."""
+        return {
+            **super().state_dict(),
+            "options": dataclasses.asdict(self.options),
+            "fingerprint": self._fingerprint,
+            "end": None if self.schedule.end is None else self.schedule.end.to_timestring(),
+            "batch": self.schedule.batch,
+            "saved": self.saved(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the end of the guidance; say where the checkpoint was made with other options."""
+        if self.phase is Phase.OFF or "options" not in state:
+            return
+        for key, (theirs, ours) in self.options.differences(state["options"]).items():
+            log.warning(
+                "the checkpoint was made with %s.%s: %r, this run goes on with %r.", self.prefix, key, theirs, ours
+            )
+        if state["end"] and state["options"]["stop"] == self.options.stop:
+            self.schedule.end = Time.from_timestring(state["end"])
+        self.schedule.batch = state["batch"]
+        self._fingerprint = state["fingerprint"]
+        self._loaded = state
+
+    # ---- beginning ----
+
+    def _reset(self) -> None:
+        self.phase = Phase.OFF if self.options.off else Phase.WAITING
+        self.schedule = Schedule(self.options.stop, self.options.anneal)
+        self.student_parameters = 0
+        self.others: list[Lifecycle] = []  # guidances of the same run
+        self.sharing: list[Lifecycle] = []  # those with this very teacher
+        self._fingerprint: str | None = None
+        self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the teacher is known
+        self.restart()
+
+    def _meet_others(self, state: State) -> None:
+        self.others = [a for a in state.algorithms if isinstance(a, Lifecycle) and a is not self]
+        if any(other.prefix == self.prefix for other in self.others):
+            raise ValueError(
+                f"expected one algorithm that logs under {self.prefix}/, got {self!r} and {len(self.others)} more. "
+                "They would share metrics and a place in checkpoints. Each takes one pair of layers; keep one of them."
+            )
+
+    def _begin(self, state: State, logger: Logger, starts: bool) -> None:
+        """Guide from here on or not, as the clock says; ``starts`` when training starts right after."""
+        reset = self.schedule.notice(state.timestamp.batch.value)
+        if reset:  # Composer: algorithms then start from the beginning
+            _say("the clock was reset: %s starts anew.", type(self).__name__)
+            self._loaded = None
+            self.restart()
+        if state.max_duration is not None:
+            length = state.dataloader_len
+            self.schedule.resolve(state.max_duration, None if length is None else int(length))
+        elif starts:
+            raise ValueError(
+                f"{type(self).__name__} needs max_duration to know when to stop. Give it to the Trainer or to fit()."
+            )
+        if self.schedule.over(state.timestamp):
+            if self.guiding:
+                self.retire(state, logger)
+            elif self.phase is Phase.WAITING:
+                _say("%s ended at %s: the teacher is not loaded.", type(self).__name__, self.schedule)
+                self.phase = Phase.ENDED
+            return
+        self._check_parallelism(state)
+        if not self.guiding:
+            self._set_up(state, logger)
+            if reset:
+                torch.compiler.reset()  # what was compiled without the hook would never call it
+        if starts:
+            _say("%s guides until %s.", type(self).__name__, self.schedule)
+            logger.log_hyperparameters({f"{self.prefix}/stop": str(self.schedule)})
+
+    def _check_parallelism(self, state: State) -> None:
+        if state.tp_config is not None:
+            raise ValueError(
+                "LET does not run with tensor parallelism: the ranks of a group may hold parts of a hidden state, "
+                "which cannot be compared with the teacher's. Leave out parallelism_config['tp'] (tp_config in "
+                "llm-foundry); FSDP shards the student as well."
+            )
+        if self.options.teacher_arguments()["placement"] != "shard":
+            return
+        if dist.get_world_size() == 1:
+            raise ValueError(
+                "placement: shard needs at least two ranks, this run has one. Use placement: replicate, the default."
+            )
+        if state.auto_microbatching:
+            raise ValueError(
+                "placement: shard does not work with device_train_microbatch_size: auto, because a rank that runs out "
+                "of memory would leave the others waiting. Set a number, or use placement: replicate."
+            )
+
+    def _set_up(self, state: State, logger: Logger) -> None:
+        model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+        assert isinstance(model, nn.Module)
+        device = _device(state)
+        guided = self.attach(model, device)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._teacher = self._find_teacher(model, device)
+        except BaseException:
+            self.detach()
+            raise
+        self._take_over(self._teacher.fingerprint)
+        self.phase = Phase.GUIDING
+        self._closing = _Closing(self)
+        state.callbacks.append(self._closing)
+        size = self._teacher.parameters
+        facts = {"teacher": self.options.teacher, "teacher_parameters": size, "student_module": guided}
+        logger.log_hyperparameters({f"{self.prefix}/{name}": value for name, value in facts.items()})
+        _say("%s: a teacher of %.1fM parameters, embeddings apart, for %s; %r", self.prefix, size / 1e6, guided, self)
+
+    def _find_teacher(self, model: nn.Module, device: torch.device) -> Teacher:
+        """The teacher of another guidance of this run where it is the same; else a new one."""
+        same = [o for o in self.others if o.phase is not Phase.OFF and o.options.same_teacher(self.options)]
+        for other in same:
+            if other._teacher is not None:
+                self.sharing = [*other.sharing, other]
+                for member in self.sharing:
+                    member.sharing = [*member.sharing, self]
+                return other._teacher
+        return load_teacher(
+            self.options.teacher,
+            _vocabulary(model),
+            head=self.head or any(other.head for other in same),
+            device=device,
+            **self.options.teacher_arguments(),
+        )
+
+    def _take_over(self, fingerprint: str) -> None:
+        loaded, self._loaded, self._fingerprint = self._loaded, None, fingerprint
+        if loaded is None:
+            return
+        if loaded["fingerprint"] in (None, fingerprint):
+            self.restore(loaded["saved"])
+            return
+        log.warning(
+            "the checkpoint was made with other teacher weights (%s) than those of %s (%s): what was learnt about the "
+            "teacher starts anew.",
+            loaded["fingerprint"],
+            self.options.teacher,
+            fingerprint,
+        )
+
+    # ---- ending ----
+
+    def retire(self, state: State, logger: Logger) -> None:
+        """Release the teacher, and say so."""
+        assert self._teacher is not None
+        device = _device(state)
+        cuda = device.type == "cuda"
+        size = sum(p.numel() * p.element_size() for p in self._teacher.body.parameters())
+        before = torch.cuda.memory_allocated(device) if cuda else size * (not self.sharing)
+        self._end(state)
+        gc.collect()  # modules hold reference cycles
+        if cuda:
+            torch.cuda.empty_cache()
+        returned = (before - (torch.cuda.memory_allocated(device) if cuda else 0)) / 2**20
+        metrics = {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned}
+        logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
+        _say(
+            "%s ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
+            type(self).__name__,
+            state.timestamp.batch.value,
+            returned,
+        )
+
+    def release(self) -> None:
+        """Let go of student and teacher."""
+        self.detach()
+        self._teacher = None
+        for other in self.sharing:
+            other.sharing = [member for member in other.sharing if member is not self]
+        self.sharing = []
+        self.phase = Phase.ENDED
+
+    def _end(self, state: State) -> None:
+        self.release()
+        if self._closing in state.callbacks:
+            state.callbacks.remove(self._closing)
+        self._closing = None
+
+
+class _Closing(Callback):
+    """Ends a guidance when its Trainer is closed in the middle. Algorithms are not told of that; callbacks are."""
+
+    def __init__(self, guidance: Lifecycle) -> None:
+        self._guidance = guidance
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._guidance.release()
+
+
+def _say(message: str, *values: Any) -> None:
+    """Tell the user, also where the root logger shows warnings only, as under llm-foundry's train script."""
+    if dist.get_global_rank() == 0:
+        package = logging.getLogger("let_composer")
+        if package.level == logging.NOTSET:
+            package.setLevel(logging.INFO)
+        log.info(message, *values)
+
+
+def _device(state: State) -> torch.device:
+    return state.device.tensor_to_device(torch.empty(0)).device
+
+
+def _vocabulary(model: nn.Module) -> dict[int, str]:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        log.warning("the student's model has no tokenizer: whether the teacher shares its token ids is not checked.")
+        return {}
+    return {index: token for token, index in tokenizer.get_vocab().items()}

@@ -1,0 +1,76 @@
+"""Distillation from logits, in plain torch, without ever holding the teacher's logits of all tokens."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from let_composer.balance import histogram
+
+__all__ = ["compare_logits", "distillation_loss"]
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over tokens of ``temperature**2 * KL(teacher || student)``; see :func:`compare_logits`."""
+    return compare_logits(student, teacher, mask, temperature)[0]
+
+
+def compare_logits(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    *,
+    project: Callable[[Tensor], Tensor] | None = None,
+    targets: Tensor | None = None,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """The distillation loss, and how much better the teacher predicts each label.
+
+    The loss is the mean over tokens of ``temperature**2 * KL(teacher || student)``, both softened (Hinton et al. 2015),
+    in fp32.
+
+    Works through the tokens in chunks and computes each again in the backward pass, so that beside the student's logits
+    and their gradient no tensor is larger than ``[chunk, V]``.
+
+    Args:
+        student: Logits ``[B, S, V_s]``.
+        teacher: Logits ``[B, S, V_t]``, or with ``project`` hidden states ``[B, S, D_t]``. Ids beyond the smaller
+            vocabulary are padding and left out.
+        mask: Tokens that count, boolean ``[B, S]``.
+        temperature: Of both softmaxes, greater than 0. Default: ``1.0``.
+        project: From hidden states ``[chunk, D_t]`` to logits ``[chunk, V_t]``. Default: ``None``.
+        targets: The token that is to be predicted at each position, ``[B, S]``, to compare both models on. Default:
+            ``None``.
+        chunk: Tokens at a time. Default: ``1024``.
+
+    Returns:
+        A scalar, 0 if no token counts; and the counts ``[BINS]`` for :func:`let_composer.balance.stacking_weight`,
+        all 0 without ``targets``.
+    """
+    if targets is None:
+        targets = mask.long() * -1
+
+    def divergence(student: Tensor, teacher: Tensor, mask: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if project is not None:
+            with torch.no_grad():
+                teacher = project(teacher)
+        vocabulary = min(student.shape[-1], teacher.shape[-1])
+        ours, theirs = (F.log_softmax(x[:, :vocabulary].float() / temperature, dim=-1) for x in (student, teacher))
+        tokens = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        known = mask & (targets >= 0) & (targets < vocabulary)
+        label = targets.clamp(0, vocabulary - 1).unsqueeze(-1)
+        ratios = (theirs.gather(-1, label) - ours.detach().gather(-1, label)).squeeze(-1)
+        return torch.where(mask, tokens, 0).sum(), histogram(ratios, known)
+
+    rows = (student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten(), targets.flatten())
+    sums, counts = zip(
+        *(
+            checkpoint(divergence, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*(x.split(chunk) for x in rows), strict=True)
+        ),
+        strict=True,
+    )
+    return temperature**2 * torch.stack(sums).sum() / mask.sum().clamp(min=1), torch.stack(counts).sum(dim=0)

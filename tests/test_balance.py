@@ -1,0 +1,103 @@
+"""Weights that set themselves: the formulas, and in a run."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_equal, build_data, build_student, metrics, parameters
+from torch.nn.functional import pad
+from transformers import LlamaForCausalLM
+
+from let_composer import LET, RKD, SALT, alignment_loss
+from let_composer.balance import GradientRatio, histogram, measured, stacking_weight
+from let_composer.teacher import Teacher
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_is_measured_is_the_gradients_norm_and_nothing_changes(compiled):
+    torch.manual_seed(0)
+    hidden, sink = torch.randn(3, 4, requires_grad=True), torch.zeros((), requires_grad=True)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return (measured(hidden, sink) ** 3).sum()
+
+    function = torch.compile(loss, backend="aot_eager") if compiled else loss
+    for _ in range(2):  # two microbatches
+        function(hidden).backward()
+    assert hidden.grad is not None and sink.grad is not None
+    torch.testing.assert_close(hidden.grad, 6 * hidden.detach() ** 2)
+    torch.testing.assert_close(sink.grad, 2 * (3 * hidden.detach() ** 2).square().sum())
+
+
+def test_a_ratio_of_running_means_within_its_range():
+    ratio = GradientRatio()
+    assert ratio.weight == 0.1
+    ratio.update(2.0, 0.5)
+    assert ratio.weight == 4.0
+    ratio.update(4.0, 0.5)
+    assert ratio.weight == pytest.approx((0.9 * 2 + 0.1 * 4) / 0.5)
+    before = ratio.weight
+    for model, term in ((math.inf, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, 0.0)):
+        ratio.update(model, term)
+    assert ratio.weight == before
+    for model, term, weight in ((1.0, 1e-9, 1e4), (1e-9, 1.0, 1e-3)):
+        extreme = GradientRatio()
+        extreme.update(model, term)
+        assert extreme.weight == weight
+
+
+def test_the_share_is_the_one_under_which_the_mixture_predicts_best():
+    torch.manual_seed(0)
+    student, teacher = torch.rand(5000) ** 2, torch.rand(5000)
+    mask = torch.rand(5000) > 0.2
+    found = stacking_weight(histogram((teacher / student).log(), mask))
+    shares = torch.linspace(0, 1, 1001)
+    likelihood = [(u * teacher + (1 - u) * student)[mask].log().mean() for u in shares]
+    assert found == pytest.approx(float(shares[torch.stack(likelihood).argmax()]), abs=0.02)
+    assert stacking_weight(histogram(torch.full((9,), 3.0), torch.ones(9).bool())) > 0.99
+    assert stacking_weight(histogram(torch.full((9,), -3.0), torch.ones(9).bool())) < 0.01
+    assert stacking_weight(histogram(torch.zeros(9), torch.zeros(9).bool())) == 0.5
+
+
+def test_the_weight_of_the_second_batch_is_the_ratio_of_the_firsts_gradients(train, tokenizer, teacher_folder):
+    data = build_data(tokenizer, ragged=True)
+    batch = next(iter(data.dataloader))
+    trainer = train(LET(teacher_folder, stop="4ba", weight="auto"), data=data, device_train_microbatch_size=3)
+    model, teacher = build_student(tokenizer), Teacher(teacher_folder)
+    seen = []
+    model.model.transformer.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    lm = model.loss(model(batch), batch)
+    mask = pad(batch["labels"][:, 1:] != -100, (0, 1))
+    term = alignment_loss(seen[0], teacher.hidden(batch["input_ids"]), mask)
+    norms = [torch.autograd.grad(loss, seen[0], retain_graph=True)[0].norm() for loss in (lm, term)]
+    ratio = float(norms[0] / norms[1])
+    assert metrics(trainer, "let/weight")[:2] == pytest.approx([0.1, 0.75 * ratio], rel=1e-4)
+    assert metrics(trainer, "let/gradient_ratio")[0] == pytest.approx(0.1 / ratio, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [LET, RKD, SALT])
+def test_microbatches_do_not_matter_and_a_resumed_run_is_the_same(train, tokenizer, teacher_folder, tmp_path, method):
+    def run(**options):
+        algorithm = method(teacher_folder, stop="5ba", weight="auto")
+        return train(algorithm, data=build_data(tokenizer, ragged=True), max_duration="6ba", **options)
+
+    whole = run(save_folder=str(tmp_path), save_interval="2ba")
+    parts = run(device_train_microbatch_size=3)
+    name = f"{method.prefix}/weight"
+    assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-4)
+    resumed = run(load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
+    assert metrics(resumed, name) == metrics(whole, name)[2:]
+    assert_equal(parameters(whole), parameters(resumed))
+
+
+def test_a_teacher_with_nothing_to_give_is_released(train, tokenizer, teacher_folder, tmp_path, caplog):
+    model = LlamaForCausalLM.from_pretrained(teacher_folder)
+    model.lm_head.weight.data *= 1000  # sure of itself, and nearly always wrong
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    trainer = train(algorithm := RKD(str(tmp_path), weight="auto"))
+    assert metrics(trainer, "kd/active") == [1.0, 0.0]
+    trainer.fit(duration="2ba")
+    assert metrics(trainer, "kd/active") == [1.0, 0.0] and algorithm.state_dict()["end"] == "1ba"
+    assert "RKD ends early: the teacher's share in the best mixture of both models has fallen to 0.0" in caplog.text

@@ -1,0 +1,452 @@
+"""A guided batch in a real Trainer: separation, accumulation, numbers, and the company that users have."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback, DataSpec
+from composer.algorithms import EMA, GradientClipping
+from composer.core import Algorithm, Event
+from composer.loggers import LoggerDestination, ProgressBarLogger
+from conftest import LENGTH, assert_close, build_data, build_student, evaluator, hf_student, metrics, parameters
+from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
+
+from let_composer import LET, RKD, alignment_loss
+from let_composer.loss import alignment
+from let_composer.teacher import Teacher
+
+
+class TestSeparation:
+    """Invariant 2: the teacher is nobody's parameter."""
+
+    def test_not_in_the_checkpoint_nor_the_optimizer_nor_the_export(self, train, teacher_folder, tmp_path):
+        plain = train(max_duration="1ba")
+        guided = train(LET(teacher_folder, stop="4ba"), max_duration="4ba", fit=False)
+        guided.fit(duration="1ba")
+        assert guided.state.algorithms[0]._teacher is not None
+        assert plain.state.state_dict()["model"].keys() == guided.state.state_dict()["model"].keys()
+        count = [
+            sum(p.numel() for g in t.state.optimizers[0].param_groups for p in g["params"]) for t in (plain, guided)
+        ]
+        assert count[0] == count[1]
+        guided.state.model.model.save_pretrained(tmp_path)
+        reloaded = Teacher(str(tmp_path))  # the student's export is a complete model, and could teach in turn
+        assert reloaded.parameters < sum(p.numel() for p in guided.state.model.parameters())
+        assert len(guided.state.state_dict()["algorithms"][0][1]["repr"]) < 300
+
+    def test_the_state_is_plain(self, train, teacher_folder):
+        algorithm = LET(teacher_folder, stop="4ba", normalize_teacher="standardize")
+        train(algorithm, max_duration="4ba")
+
+        def plain(value: Any) -> bool:
+            if isinstance(value, dict):
+                return all(plain(v) for v in value.values())
+            if isinstance(value, list):
+                return all(plain(v) for v in value)
+            return value is None or type(value) in (str, int, float, bool)
+
+        assert plain(algorithm.state_dict())
+
+
+class TestAccumulation:
+    """Invariant 3: how a batch is cut into microbatches does not matter."""
+
+    @pytest.mark.parametrize("on_tokens", [True, False])
+    @pytest.mark.parametrize("ragged", [False, True])
+    @pytest.mark.parametrize("normalize", ["none", "standardize"])
+    def test_microbatches(self, train, tokenizer, teacher_folder, on_tokens, ragged, normalize):
+        if ragged and not on_tokens:
+            pytest.skip("Composer weights unequal microbatches by samples then, and so the student's own loss differs")
+
+        def run(size: int):
+            return train(
+                LET(teacher_folder, stop="3ba", weight=1.0, normalize_teacher=normalize),
+                data=build_data(tokenizer, ragged=ragged),
+                device_train_microbatch_size=size,
+                accumulate_train_batch_on_tokens=on_tokens,
+                max_duration="3ba",
+            )
+
+        whole, parts = run(8), run(3)
+        assert_close(parameters(whole), parameters(parts))
+        for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine"):
+            assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-5)
+
+    @pytest.mark.parametrize("needed", [False, True])
+    def test_the_teacher_sees_padding_only_where_it_matters(
+        self, train, tokenizer, teacher_folder, monkeypatch, needed
+    ):
+        seen, hidden = [], Teacher.hidden
+
+        def spy(self: Teacher, ids: torch.Tensor, mask: Any = None, sequence_id: Any = None) -> torch.Tensor:
+            seen.append(mask is not None)
+            return hidden(self, ids, mask, sequence_id)
+
+        if needed:  # as with padding in front, which MPT cannot train on
+            monkeypatch.setattr("let_composer.guidance.needs_mask", lambda mask: True)
+        data = build_data(tokenizer, ragged=True)
+        options = {"data": data, "device_train_microbatch_size": 4, "fit": False}
+        trainer = train(LET(teacher_folder, stop="2ba", weight=1.0), **options)
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        trainer.fit()
+        assert seen == [needed] * 4
+
+    def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, teacher_folder):
+        data = build_data(tokenizer, ragged=True)
+        batch = next(iter(data.dataloader))
+        guided = train(
+            LET(teacher_folder, stop="1ba", weight=0.5),
+            data=data,
+            device_train_microbatch_size=2,
+            accumulate_train_batch_on_tokens=False,
+            max_duration="1ba",
+            lr=1.0,
+        )
+        model, teacher = build_student(tokenizer), Teacher(teacher_folder)
+        for rows in torch.arange(8).split(2):
+            part = {key: batch[key][rows] for key in ("input_ids", "labels", "attention_mask")}
+            outputs = model.model(part["input_ids"], attention_mask=part["attention_mask"], output_hidden_states=True)
+            mask = torch.nn.functional.pad(part["labels"][:, 1:] != -100, (0, 1))
+            term = alignment_loss(
+                outputs.hidden_states[3], teacher.hidden(part["input_ids"], part["attention_mask"]), mask
+            )
+            (0.25 * (model.loss(outputs, part) + 0.5 * term)).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= p.grad
+        assert_close(dict(model.named_parameters()), parameters(guided))
+
+    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, teacher_folder):
+        trainer = train(
+            LET(teacher_folder, stop="6ba", weight=0.7),
+            data=build_data(tokenizer, ragged=True),
+            device_train_microbatch_size=3,
+        )
+        total = metrics(trainer, "loss/train/total")
+        parts = zip(
+            metrics(trainer, "let/lm_loss"), metrics(trainer, "let/weight"), metrics(trainer, "let/loss"), strict=False
+        )
+        assert total == pytest.approx([lm + weight * loss for lm, weight, loss in parts], rel=1e-5)
+        assert metrics(trainer, "let/cosine") == [-loss for loss in metrics(trainer, "let/loss")]
+        assert all(0 < share < 1 for share in metrics(trainer, "let/teacher_flops_share"))
+
+
+class TestNumbers:
+    """Invariants 7 and 8."""
+
+    def test_an_all_masked_microbatch(self, train, tokenizer, teacher_folder):
+        data = build_data(tokenizer)
+        loader: Any = data.dataloader
+        collate = loader.collate_fn
+
+        def mask_first_rows(rows: list[Any]) -> Any:
+            batch = collate(rows)
+            batch["labels"][:2] = -100
+            batch["loss_generating_tokens"][:2] = [0, 0]
+            return batch
+
+        loader = torch.utils.data.DataLoader(loader.dataset, batch_size=8, collate_fn=mask_first_rows)
+        data = DataSpec(loader, get_num_tokens_in_batch=data.get_num_tokens_in_batch)
+        trainer = train(LET(teacher_folder, stop="3ba", weight=1.0), data=data, device_train_microbatch_size=2)
+        assert all(torch.isfinite(p).all() for p in trainer.state.model.parameters())
+        assert all(-1 <= value <= 1 for value in metrics(trainer, "let/loss"))
+
+    def test_a_non_finite_teacher_does_not_reach_the_student(self, train, teacher_folder, monkeypatch):
+        hidden = Teacher.hidden
+
+        def poisoned(self: Teacher, *args: Any) -> torch.Tensor:
+            states = hidden(self, *args).clone()
+            states[0, 0], states[0, 1, 3] = float("inf"), float("nan")
+            return states
+
+        trainer = train(LET(teacher_folder, stop="6ba", weight=1.0, normalize_teacher="standardize"), fit=False)
+        monkeypatch.setattr(Teacher, "hidden", poisoned)
+        trainer.fit()
+        assert all(torch.isfinite(p).all() for p in trainer.state.model.parameters())
+        assert all(-1 < value < 1 for value in metrics(trainer, "let/loss"))
+
+    def test_a_student_equal_to_its_teacher(self, train, tokenizer, teacher_folder):
+        def run(*algorithms: Any):
+            model = hf_student(tokenizer, teacher_folder)
+            return train(*algorithms, model=model, max_duration="1ba")
+
+        guided = run(LET(teacher_folder, student_layer=1, teacher_layer=1, stop="1ba", weight=1.0))
+        assert metrics(guided, "let/loss") == [pytest.approx(-1)]
+        plain = parameters(run())
+        for name, value in parameters(guided).items():
+            torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-7)
+
+
+class Tried(Callback):
+    """How many of the hidden states and terms seen so far are still in memory whenever a batch is tried."""
+
+    def __init__(self) -> None:
+        self.seen: list[weakref.ref] = []
+        self.left: list[int] = []
+
+    def saw(self, hidden: torch.Tensor) -> None:
+        self.seen.append(weakref.ref(hidden))
+
+    def after_forward(self, state: Any, logger: Any) -> None:
+        self.saw(state.algorithms[0]._term)
+
+    def before_train_batch(self, state: Any, logger: Any) -> None:
+        self.left.append(sum(hidden() is not None for hidden in self.seen))
+
+
+class TestCompany:
+    """Models, losses, algorithms and callbacks that users have."""
+
+    @pytest.mark.parametrize("return_dict", [True, False])  # without, Composer gets the loss as a tuple
+    def test_a_hugging_face_student(self, train, tokenizer, teacher_folder, return_dict):
+        model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": return_dict})
+        trainer = train(LET(teacher_folder, student_layer=1, stop="4ba"), model=model)
+        assert len(metrics(trainer, "let/loss")) == 4
+
+    def test_a_mixture_of_experts_loss(self, train, tokenizer, teacher_folder):
+        model = build_student(tokenizer)
+        plain_loss = model.loss
+
+        def loss(outputs: Any, batch: Any) -> dict[str, torch.Tensor]:  # the form of llm-foundry's MoE
+            lm = plain_loss(outputs, batch)
+            balance = 0.01 * outputs.logits.square().mean()
+            return {"total": lm + balance, "loss": lm, "lbl": balance}
+
+        model.loss = loss
+        trainer = train(LET(teacher_folder, stop="4ba", weight=1.0), model=model)
+        total, lm = metrics(trainer, "loss/train/total")[0], metrics(trainer, "let/lm_loss")[0]
+        assert lm == pytest.approx(metrics(trainer, "loss/train/loss")[0] + metrics(trainer, "loss/train/lbl")[0])
+        assert total == pytest.approx(lm + metrics(trainer, "let/loss")[0])
+
+    @pytest.mark.filterwarnings("ignore:KillLossSpike is experimental")
+    def test_clipping_ema_loss_spikes_and_evaluation(self, train, tokenizer, teacher_folder):
+        algorithms = (
+            GradientClipping(clipping_type="norm", clipping_threshold=1.0),
+            EMA(half_life="2ba"),
+            LET(teacher_folder, stop="4ba"),
+        )
+        options = {"eval_dataloader": evaluator(tokenizer), "eval_interval": "2ba"}
+        trainer = train(*algorithms, callbacks=[KillLossSpike(window_size=2)], **options, fit=False)
+        trainer.eval()  # as eval_first does
+        assert algorithms[2]._capture.hidden is None
+        trainer.fit()
+        assert metrics(trainer, "let/active") == [1, 1, 1, 1, 0]
+        assert len(metrics(trainer, "metrics/eval/LanguageCrossEntropy")) >= 3
+
+    def test_generation_between_batches(self, train, tokenizer, teacher_folder):
+        trainer = train(LET(teacher_folder, stop="4ba"), max_duration="4ba", fit=False)
+        trainer.fit(duration="2ba")
+        trainer.state.model.eval()
+        ids = torch.ones(1, 3, dtype=torch.long)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "pad_token_id": 0}
+        assert trainer.state.model.model.generate(ids, **options).shape[1] >= 4
+        trainer.fit(duration="2ba")
+        assert len(metrics(trainer, "let/loss")) == 4
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own
+    def test_a_compiled_student(self, train, tokenizer, teacher_folder):
+        torch._dynamo.reset()
+        options = {"eval_dataloader": evaluator(tokenizer), "eval_interval": "2ba"}
+        plain = train(LET(teacher_folder, stop="4ba", weight=1.0), **options)
+        with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4, fail_on_recompile_limit_hit=True):
+            compiled = train(
+                LET(teacher_folder, stop="4ba", weight=1.0), **options, compile_config={"backend": "aot_eager"}
+            )
+        assert metrics(plain, "let/loss") == pytest.approx(metrics(compiled, "let/loss"), rel=1e-4)
+        assert metrics(plain, "loss/train/total") == pytest.approx(metrics(compiled, "loss/train/total"), rel=1e-5)
+
+    @pytest.mark.filterwarnings("ignore:Specifying the ProgressBarLogger via `loggers`")
+    def test_losses_reach_the_progress_bar(self, train, teacher_folder):
+        shown: dict[str, Any] = {}
+        bar = ProgressBarLogger()
+        bar.log_to_pbar = lambda data: shown.update(data)  # what it would write behind the bar
+        train(LET(teacher_folder, stop="4ba"), loggers=[bar])
+        assert {"let/loss", "let/lm_loss"} <= shown.keys()
+
+    @pytest.mark.parametrize("place", ["student", "teacher", "term", "loss"])
+    @pytest.mark.filterwarnings("ignore:CUDA out of memory or excessive memory allocation")  # what is provoked here
+    def test_a_retry_after_running_out_of_memory(self, train, tokenizer, teacher_folder, monkeypatch, place):
+        """Composer runs the same batch again, in smaller microbatches; what the first try left must not count, nor
+        take up memory."""
+
+        def run(fails: bool) -> tuple[Any, LET]:
+            calls: list[int] = []
+            tried = Tried()
+
+            def failing(function: Any) -> Any:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    calls.append(1)
+                    if fails and len(calls) == 4:  # the second microbatch of the second batch
+                        raise torch.OutOfMemoryError("CUDA out of memory")
+                    return function(*args, **kwargs)
+
+                return call
+
+            model = build_student(tokenizer)
+            blocks = model.model.transformer.blocks
+            blocks[2].register_forward_hook(lambda _, args, output: tried.saw(output[0]))
+            algorithm = LET(teacher_folder, stop="4ba", weight=1.0, normalize_teacher="standardize")
+            trainer = train(
+                algorithm,
+                model=model,
+                device_train_microbatch_size=4,
+                max_duration="4ba",
+                callbacks=[tried],
+                fit=False,
+            )
+            trainer.state.auto_microbatching = True  # Composer offers it on CUDA only
+            if place == "student":
+                blocks[3].forward = failing(blocks[3].forward)  # behind what is captured
+            elif place == "teacher":
+                algorithm._teacher.hidden = failing(algorithm._teacher.hidden)
+            elif place == "term":
+                monkeypatch.setattr("let_composer.let.alignment", failing(alignment))
+            else:
+                model.loss = failing(model.loss)  # when the term is there already
+            trainer.fit()
+            assert tried.left == [0] * (5 if fails else 4)
+            return trainer, algorithm
+
+        (whole, first), (retried, second) = run(False), run(True)
+        assert retried.state.device_train_microbatch_size == 2
+        assert_close(parameters(whole), parameters(retried))
+        for name in ("let/loss", "let/lm_loss", "let/constant_cosine"):
+            assert metrics(whole, name) == pytest.approx(metrics(retried, name), rel=1e-5)
+        moments = [torch.tensor(a.state_dict()["saved"]["statistics"]["moments"]) for a in (first, second)]
+        torch.testing.assert_close(*moments)
+
+    def test_checkpointing_of_the_models_own(self, train, tokenizer, teacher_folder):
+        def run(**options: Any) -> Any:
+            model = hf_student(tokenizer, teacher_folder)
+            if options:
+                model.model.gradient_checkpointing_enable(options)
+            return train(LET(teacher_folder, student_layer=1, stop="2ba", weight=1.0), model=model, max_duration="2ba")
+
+        plain = parameters(run())
+        for reentrant in (True, False):
+            trainer = run(use_reentrant=reentrant)
+            assert trainer.state.model.model.is_gradient_checkpointing
+            assert_close(plain, parameters(trainer))
+
+
+class TestMetrics:
+    """Nothing is dropped, and what is left out is counted."""
+
+    def test_a_logger_that_refuses_to_go_back(self, train, teacher_folder):
+        class Forward(LoggerDestination):
+            """Drops what comes under an earlier step, as some services do."""
+
+            def __init__(self) -> None:
+                self.step, self.seen = -1, []
+
+            def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+                assert step is not None
+                if step >= self.step:
+                    self.step = step
+                    self.seen += [name for name in metrics if name.startswith("let/")]
+
+        class Early(Algorithm):
+            """Logs at the end of a batch, before LET."""
+
+            def match(self, event: Event, state: Any) -> bool:
+                return event == Event.BATCH_END
+
+            def apply(self, event: Event, state: Any, logger: Any) -> None:
+                logger.log_metrics({"early": 1.0})
+
+        logger = Forward()
+        train(Early(), LET(teacher_folder, stop="4ba"), loggers=[logger])
+        for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine", "let/usable"):
+            assert logger.seen.count(name) == 4, name
+
+    def test_rows_without_a_direction_are_counted_and_reported_once(self, train, teacher_folder, monkeypatch, caplog):
+        hidden = Teacher.hidden
+
+        def poisoned(self: Teacher, *args: Any) -> torch.Tensor:
+            states = hidden(self, *args).clone()
+            states[:, : LENGTH // 2] = float("nan")
+            return states
+
+        trainer = train(LET(teacher_folder, stop="3ba", weight=1.0), device_train_microbatch_size=3, fit=False)
+        monkeypatch.setattr(Teacher, "hidden", poisoned)
+        trainer.fit()
+        assert metrics(trainer, "let/usable") == pytest.approx([(LENGTH / 2 - 1) / (LENGTH - 1)] * 3)
+        assert caplog.text.count("let/usable is 0.47") == 1
+
+
+class TestTwoMethods:
+    """LET and RKD guide one run."""
+
+    def test_two_lets_are_refused(self, train, teacher_folder):
+        with pytest.raises(ValueError, match="one algorithm that logs under let/"):
+            train(LET(teacher_folder), LET(teacher_folder, student_layer=1), fit=False)
+
+    def test_their_order_does_not_matter_and_one_teacher_serves_both(self, train, teacher_folder, monkeypatch):
+        runs = []
+        monkeypatch.setattr(Teacher, "_run", lambda self, *args, run=Teacher._run: runs.append(1) or run(self, *args))
+
+        def run(first: type, second: type) -> Any:
+            options = {LET: {"weight": 0.7, "stop": "2ba"}, RKD: {"weight": 0.3, "stop": "3ba"}}
+            algorithms = [method(teacher_folder, **options[method]) for method in (first, second)]
+            trainer = train(*algorithms, max_duration="4ba", device_train_microbatch_size=4, fit=False)
+            assert algorithms[0]._teacher is algorithms[1]._teacher
+            runs.clear()
+            trainer.fit()
+            assert len(runs) == 3 * 2  # batches that either guides, in two microbatches
+            assert all(algorithm._teacher is None for algorithm in algorithms)
+            return trainer
+
+        one, other = run(LET, RKD), run(RKD, LET)
+        assert_close(parameters(one), parameters(other))
+        lm, let, kd = (metrics(one, name)[0] for name in ("let/lm_loss", "let/loss", "kd/loss"))
+        assert metrics(one, "loss/train/total")[0] == pytest.approx(0.7 * lm + 0.7 * let + 0.3 * kd, rel=1e-5)
+        assert metrics(one, "kd/lm_loss")[0] == lm
+
+
+class TestBatches:
+    """What a batch must be, and what is done with its keys."""
+
+    @pytest.mark.parametrize(
+        ("change", "found"),
+        [
+            (lambda batch: {"input_ids": batch["input_ids"]}, "Got input_ids"),
+            (lambda batch: [batch["input_ids"], batch["labels"]], "Got a list"),
+        ],
+    )
+    def test_others_die_before_the_first_step(self, train, tokenizer, teacher_folder, change, found):
+        loader: Any = build_data(tokenizer).dataloader
+        collate = loader.collate_fn
+        loader = torch.utils.data.DataLoader(
+            loader.dataset, batch_size=8, collate_fn=lambda rows: change(collate(rows))
+        )
+        data = DataSpec(loader, get_num_samples_in_batch=lambda batch: 8, get_num_tokens_in_batch=lambda batch: 8)
+        with pytest.raises(ValueError, match=f"LET needs batches that map 'input_ids' and 'labels'.*{found}"):
+            train(LET(teacher_folder, stop="2ba"), data=data, accumulate_train_batch_on_tokens=False)
+
+    @pytest.mark.parametrize("separate", [True, False])
+    @pytest.mark.filterwarnings("ignore:MPT received non-None input for `sequence_id`")  # where it does not separate
+    def test_packed_documents_are_apart_where_they_are_for_the_student(
+        self, train, tokenizer, teacher_folder, monkeypatch, separate
+    ):
+        seen, hidden = [], Teacher.hidden
+
+        def spy(self: Teacher, ids: torch.Tensor, mask: Any = None, sequence_id: Any = None) -> torch.Tensor:
+            seen.append(sequence_id is not None)
+            return hidden(self, ids, mask, sequence_id)
+
+        loader: Any = build_data(tokenizer).dataloader
+        collate = loader.collate_fn
+
+        def packed(rows: list[Any]) -> Any:
+            batch = collate(rows)
+            return {**batch, "sequence_id": (torch.arange(LENGTH) >= 5).long().expand(len(rows), LENGTH)}
+
+        loader = torch.utils.data.DataLoader(loader.dataset, batch_size=8, collate_fn=packed)
+        data = DataSpec(loader, get_num_tokens_in_batch=build_data(tokenizer).get_num_tokens_in_batch)
+        model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": separate})
+        trainer = train(LET(teacher_folder, stop="1ba"), data=data, model=model, max_duration="1ba", fit=False)
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        trainer.fit()
+        assert seen == [separate]

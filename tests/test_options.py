@@ -1,0 +1,60 @@
+"""Options are refused as soon as they are read."""
+
+import pytest
+
+from let_composer import LET, RKD, SALT
+from let_composer.options import read_options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"wieght": 0.1}, TypeError, "no option 'wieght' .did you mean 'weight'"),
+        ({"lambda": 0.1}, TypeError, "no option 'lambda'"),
+        ({"weight": -0.1}, ValueError, "weight must be finite and not negative, got -0.1"),
+        ({"weight": float("nan")}, ValueError, "got nan"),
+        ({"weight": float("inf")}, ValueError, "got inf"),
+        ({"weight": "0.1"}, TypeError, "weight must be a number or auto, got '0.1' .str"),
+        ({"weight": True}, TypeError, "weight must be a number or auto, got True"),
+        ({"teacher": 3}, TypeError, "teacher must be a hub id or a path"),
+        ({"student_layer": 0}, ValueError, "count the blocks passed, from 1"),
+        ({"student_layer": 2.5}, TypeError, "student_layer must be a number of blocks or a dotted path"),
+        ({"teacher_layer": "last"}, TypeError, "teacher_layer must be a number of blocks"),
+        ({"stop": "soon"}, ValueError, "stop must be a time string"),
+        ({"anneal": "step"}, ValueError, "anneal must be one of linear, cosine, constant, got 'step'"),
+        ({"resize": "both"}, ValueError, "resize must be one of teacher, student"),
+        ({"normalize_teacher": True}, ValueError, "normalize_teacher must be one of none, center, standardize"),
+        ({"placement": "cpu"}, ValueError, "placement must be one of replicate, shard"),
+        ({"implementation": "cuda"}, ValueError, "implementation must be one of auto, triton, torch"),
+        ({"trust_remote_code": "no"}, TypeError, "trust_remote_code must be true or false"),
+    ],
+)
+@pytest.mark.parametrize("read", [lambda **options: LET(**options), lambda **options: read_options(LET, options)])
+def test_bad_options_of_let(read, options, error, message):
+    with pytest.raises(error, match=message):
+        read(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight": 1.5}, ValueError, "share of the distillation term, from 0 to 1, got 1.5"),
+        ({"temperature": 0}, ValueError, "temperature must be finite and greater than 0, got 0"),
+        ({"weight": "auto", "temperature": 2.0}, ValueError, "with weight: auto the temperature must be 1, got 2.0"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
+        ({"resize": "student"}, TypeError, "SALT has no option 'resize'. Its options are teacher, weight"),
+        ({"temprature": 2.0}, TypeError, "no option 'temprature' .did you mean 'temperature'"),
+    ],
+)
+def test_bad_options_of_the_rivals(options, error, message):
+    with pytest.raises(error, match=message):
+        SALT(**options)
+
+
+@pytest.mark.parametrize(("method", "weight"), [(LET, 0.1), (RKD, 0.5), (SALT, 0.5)])
+def test_read_without_building_are_those_of_the_algorithm(method, weight):
+    assert read_options(method, {}) == method().options
+    assert read_options(method, {"stop": "7ba"}) == method(stop="7ba").options
+    assert read_options(method, {}).weight == weight
+    shown = repr(method(stop="7ba"))
+    assert shown.startswith(f"{method.__name__}(teacher=") and "stop='7ba'" in shown

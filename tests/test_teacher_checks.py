@@ -1,0 +1,256 @@
+"""Teachers of many families, each through a real folder: what is refused by name, and what the others must keep."""
+
+import copy
+import io
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import LENGTH, VOCABULARY, build_student
+from test_student import SMALL
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GraniteConfig,
+    JambaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Zamba2Config,
+)
+
+from let_composer.pretrained import wanted
+from let_composer.student import Capture, resolve_layer
+from let_composer.teacher import Teacher, build_body, read_vocabulary
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+FAMILIES = {
+    **SMALL,
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8),
+    "gptj": GPTJConfig(vocab_size=99, n_embd=16, n_layer=2, n_head=2, rotary_dim=4),  # its head has a bias
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+}
+MIXED = {
+    "jamba": JambaConfig(
+        **{**SIZES, "num_hidden_layers": 4},
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        num_experts=2,
+        use_mamba_kernels=False,
+        mamba_dt_rank=4,
+    ),
+    "zamba2": Zamba2Config(
+        **{**SIZES, "num_hidden_layers": 4},
+        mamba_d_state=8,
+        mamba_headdim=8,
+        n_mamba_heads=4,
+        chunk_size=8,
+        hybrid_layer_ids=[1, 3],
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        num_mem_blocks=1,
+        use_mamba_kernels=False,
+    ),
+}
+
+
+def save(config: Any, folder: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    for name, p in model.named_parameters():  # biases begin as zeros
+        if name.endswith("bias"):
+            nn.init.normal_(p)
+    model.save_pretrained(folder, safe_serialization=config.model_type != "zamba2")  # that one shares blocks
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save(FAMILIES[request.param], folder)
+    return request.param, model, Teacher(str(folder), head=True)
+
+
+def test_logits_are_the_models_own_and_can_be_had_in_parts(family):
+    _, model, teacher = family
+    ids = torch.randint(0, 99, (2, 8))
+    torch.testing.assert_close(teacher.logits(ids), model(ids).logits)
+    torch.testing.assert_close(teacher.project(teacher.hidden(ids)[:, 2:5]), model(ids).logits[:, 2:5])
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    held = {p.data_ptr() for p in [*teacher.body.parameters(), *teacher._head] if p is not None}
+    assert len(held) == len(list(model.parameters()))
+    assert teacher.parameters >= head.weight.numel() and (not tied or len(held) == len(list(teacher.body.parameters())))
+
+
+def test_padding_in_front_changes_nothing(family):
+    _, _, teacher = family
+    ids = torch.randint(0, 99, (1, 8))
+    mask = torch.tensor([[0] * 5 + [1] * 8])
+    padded = torch.cat([torch.full((1, 5), 98), ids], dim=1)
+    torch.testing.assert_close(teacher.hidden(padded, mask)[:, 5:], teacher.hidden(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_documents_of_a_packed_row_are_as_alone_or_refused(family):
+    name, _, teacher = family
+    first, second, third = (torch.randint(0, 99, (2, n)) for n in (5, 3, 6))
+    ids = torch.cat([first, second, third], dim=1)
+    documents = torch.tensor([[0] * 5 + [1] * 3 + [0] * 6] * 2)
+    assert teacher.separates_documents == (name != "gpt2")
+    if not teacher.separates_documents:
+        with pytest.raises(ValueError, match="cannot separate the documents"):
+            teacher.hidden(ids, sequence_id=documents)
+        return
+    alone = torch.cat([teacher.hidden(part) for part in (first, second, third)], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, -2:] = 0
+    torch.testing.assert_close(teacher.hidden(ids, sequence_id=documents), alone, rtol=1e-4, atol=1e-4)
+    found = teacher.hidden(ids, mask, documents)[:, :-2]
+    torch.testing.assert_close(found, alone[:, :-2], rtol=1e-4, atol=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which the host would wait for an accelerator."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        boolean = name.startswith("index.Tensor") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if boolean or any(name.startswith(known) for known in self.names):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_no_device_but_with_the_families_named_in_the_docstring(family):
+    name, _, teacher = family
+    ids = torch.randint(0, 99, (2, 8))
+    with Reads() as reads:
+        teacher.hidden(ids)
+    assert bool(reads.found) == (name in ("opt", "mixtral")), reads.found
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_hybrid_has_layers_but_does_not_separate_documents(name, tmp_path):
+    model = save(MIXED[name], tmp_path)
+    ids = torch.randint(0, 99, (2, 8))
+    teacher = Teacher(str(tmp_path), layer=2)
+    torch.testing.assert_close(teacher.hidden(ids), model(ids, output_hidden_states=True).hidden_states[2])
+    assert len(teacher.body.layers) == 2 and not teacher.separates_documents
+
+
+def test_logits_that_the_model_rescales_are_refused(tmp_path):
+    save(GraniteConfig(**SIZES, logits_scaling=8.0), tmp_path)
+    Teacher(str(tmp_path))
+    with pytest.raises(ValueError, match="does more to its logits than its LM head: they are about 0.125 times"):
+        Teacher(str(tmp_path), head=True)
+
+
+@pytest.mark.parametrize(("place", "message"), [("layers.1.mlp", "in 1 of 20 parameters"), ("embed", "embed_tokens")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(teacher_folder, tmp_path, place, message, value):
+    model = LlamaForCausalLM.from_pretrained(teacher_folder)
+    next(p for name, p in model.named_parameters() if place in name).data[-1, -1] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"NaN or infinite.*{message}"):
+        Teacher(str(tmp_path))
+
+
+def test_states_that_overflow_are_refused(teacher_folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(teacher_folder)
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="hidden states that are NaN or infinite"):
+        Teacher(str(tmp_path))
+
+
+@pytest.fixture
+def copied(teacher_folder, tmp_path) -> Any:
+    import shutil
+
+    return shutil.copytree(teacher_folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("look", [build_body, Teacher])
+def test_an_adapter_is_not_taken_for_its_base(copied, look, head):
+    (copied / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="is a PEFT adapter.*merge_and_unload"):
+        look(str(copied)) if look is build_body else look(str(copied), head=head)
+
+
+def test_a_quantised_model_is_refused_with_its_package(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="quantised with gptq, which needs the package gptqmodel"):
+        Teacher(str(copied))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_file_is_named_with_its_size(copied, file):
+    whole = (copied / file).read_bytes()
+    for content, message in (
+        (whole[: len(whole) // 2], "is damaged, or only half"),
+        (b"", "is damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of git-lfs.*git lfs pull"),
+    ):
+        (copied / file).write_bytes(content)
+        for read in (Teacher, read_vocabulary):
+            with pytest.raises(ValueError, match=rf"{file} of teacher .*\({len(content)} bytes.*{message}"):
+                read(str(copied))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_none(copied):
+    (copied / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(ValueError, match="the tokenizer of teacher .* cannot be read.*tokenizer.json"):
+        read_vocabulary(str(copied))
+
+
+def test_what_is_downloaded():
+    texts = ["config.json", "tokenizer.json", "code.py", "merges.txt"]
+    extra = ["onnx/model.safetensors", "flax_model.msgpack", "consolidated.safetensors", "README.md"]
+    safe = ["model-00001-of-2.safetensors", "model-00002-of-2.safetensors"]
+    assert wanted([*texts, *extra, *safe, "pytorch_model.bin"]) == [*safe, *texts]
+    assert wanted([*texts, "pytorch_model.bin", "training_args.bin"]) == ["pytorch_model.bin", *texts]
+
+
+def test_an_exported_mpt_separates_documents(tokenizer, tmp_path):
+    build_student(tokenizer).model.save_pretrained(tmp_path)
+    teacher = Teacher(str(tmp_path), head=True)
+    ids = torch.randint(0, VOCABULARY, (1, LENGTH))
+    documents = (torch.arange(LENGTH) >= 7).long()[None]
+    torch.testing.assert_close(teacher.hidden(ids, sequence_id=documents)[:, 7:], teacher.hidden(ids[:, 7:]))
+
+
+@pytest.mark.parametrize("duplicate", ["save", "deepcopy"])
+def test_a_guided_model_can_be_saved_and_copied_and_the_copy_is_not_hooked(student, duplicate):
+    capture = Capture(resolve_layer(student, 2)[1])
+    if duplicate == "save":
+        torch.save(student.model, file := io.BytesIO())
+        file.seek(0)
+        other: Any = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(student.model)
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
+    capture.arm()
+    torch.testing.assert_close(other(ids).logits, student.model(ids).logits)
+    captured = capture.take()
+    capture.arm()
+    other(ids)
+    assert captured is not None and capture.hidden is None

@@ -1,0 +1,45 @@
+"""Shards read back: damage and wrong counts are found, and a running loader is left alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from streaming import StreamingDataset
+from test_convert import LENGTH, jsonl, make_tokenizer, plan, run
+
+from let_composer.data import DataError
+from let_composer.data.verify import verify
+
+# streaming opens files and shared memory and leaves closing them to the interpreter's exit.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_verify(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "A sentence that the screen will show. "
+    (tmp_path / "a.jsonl").write_bytes(jsonl([text * 40] * 30))
+    out = tmp_path / "out"
+    manifest = run(plan(tmp_path / "a.jsonl", tokenizer), out)
+    loader = StreamingDataset(local=str(out / "train"), batch_size=1)
+    assert verify(str(out)) == {f"{out}/train": manifest["streams"][""]["splits"]["train"]["tokens"]}
+    assert text in capsys.readouterr().out
+    assert len(list(loader)) == len(loader)  # its shared memory is still there
+    for path in (out / "train").rglob("*.mds"):
+        path.unlink()
+    shard = sorted((out / "train").rglob("*.zstd"))[0]
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-40] + bytes(40))
+    with pytest.raises(DataError, match="cannot be read back"):
+        verify(str(out))
+    shard.write_bytes(good)
+    changed = json.loads((out / "train" / "manifest.json").read_text())
+    changed["streams"][""]["splits"]["train"]["tokens"] += LENGTH
+    (out / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="the manifest says"):
+        verify(str(out))
+    with pytest.raises(DataError, match=r"Expected manifest\.json"):
+        verify(str(tmp_path))
