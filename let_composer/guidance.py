@@ -23,7 +23,8 @@ _LOW = 0.9  # of let/usable
 
 class Guidance(Lifecycle[OptionsT]):
     """What a method of guiding shares with every other. It has three parts of its own: what it needs of the student and
-    of the teacher (:meth:`attach`, ``head``), its term (:meth:`term`), and how that joins the loss (:meth:`joined`).
+    of the teacher (:meth:`attach`, its options' ``projected``), its term (:meth:`term`), and how that joins the loss
+    (:meth:`joined`).
 
     Where several guide one run, each joins with the student's own loss, whatever their order.
     """
@@ -137,7 +138,9 @@ class Guidance(Lifecycle[OptionsT]):
             )
         self._weight = self.schedule.weight(state.timestamp, self.strength())
         self._needs_mask = needs_mask(batch.get("attention_mask"))  # here the batch is still the host's
-        teacher = 2 * self._teacher.parameters
+        tokens = batch["input_ids"].numel()
+        head = self._teacher.head_parameters * self.options.projected(tokens) / tokens
+        teacher = 2 * (self._teacher.parameters + head)
         logger.log_metrics(
             {
                 f"{self.prefix}/weight": self._weight,
@@ -153,6 +156,8 @@ class Guidance(Lifecycle[OptionsT]):
             self._run_teacher(state)
         states, self._states = self._states, None
         assert states is not None
+        assert self._teacher is not None
+        self._flops += self._teacher.flops(0, 1, self.options.projected(mask.numel()))
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 

@@ -69,7 +69,6 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     options_type: ClassVar[type[Options]]
     prefix: ClassVar[str]  # of metrics and hyperparameters
-    head: ClassVar[bool] = False  # whether the teacher's LM head is needed
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -259,7 +258,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         return load_teacher(
             self.options.teacher,
             _vocabulary(model),
-            head=self.head or any(other.head for other in same),
+            head=any(method.options.projected(1) for method in (self, *same)),
             device=device,
             **self.options.teacher_arguments(),
         )

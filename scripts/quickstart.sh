@@ -56,4 +56,4 @@ else
 fi
 run baseline
 run let
-python scripts/compare.py "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
+let-composer compare "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
