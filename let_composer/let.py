@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from let_composer.annealing import Anneal
 from let_composer.balance import GradientRatio, Lead, measured, sampled_loss
 from let_composer.guidance import Guidance
-from let_composer.loss import Implementation, Resize, alignment_loss, target_sum, usable_tokens
+from let_composer.loss import Implementation, Resize, alignment, target_sum
 from let_composer.objective import language_model_loss
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
@@ -133,7 +133,7 @@ class LET(Guidance[LETOptions]):
         """Forget the running statistics: a run starts."""
         super().restart()
         self._had_gradient = False
-        self._statistics = FeatureStatistics(self.options.normalize_teacher)
+        self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
         self._balance = GradientRatio()
         self._lead = Lead()
 
@@ -148,7 +148,7 @@ class LET(Guidance[LETOptions]):
                 "or remove LET."
             )
         example = torch.zeros(1, 8, device=device)
-        alignment_loss(example, example, implementation=self.options.implementation)  # says now if it cannot run here
+        alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
         self._statistics.to(device)
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
@@ -189,20 +189,18 @@ class LET(Guidance[LETOptions]):
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std()
         normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
-        term = alignment_loss(
-            measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation
-        )
+        found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
         width = student.shape[-1] if self.options.resize == "teacher" else None
         self._sums.add(
-            usable=usable_tokens(student, states, mask),
-            targets=target_sum(states, mask, width=width, **normalisation),
+            usable=found.usable,
+            targets=target_sum(states, mask, width=width, inverse_norm=found.inverse_norm, **normalisation),
             features=self._statistics.sums(states, mask),
         )
         if self.options.weight == "auto":
             assert self._teacher is not None
             targets = state.batch["labels"].roll(-1, dims=1)
             self._sums.add(teacher=sampled_loss(self._teacher.project, states, targets, mask))
-        return term
+        return found.loss
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""

@@ -24,6 +24,7 @@ from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from let_composer import LET, RKD, alignment_loss
+from let_composer.loss import alignment
 from let_composer.teacher import Teacher
 
 
@@ -312,7 +313,7 @@ class TestCompany:
             elif place == "teacher":
                 algorithm._teacher.hidden = failing(algorithm._teacher.hidden)
             elif place == "term":
-                monkeypatch.setattr("let_composer.let.alignment_loss", failing(alignment_loss))
+                monkeypatch.setattr("let_composer.let.alignment", failing(alignment))
             else:
                 model.loss = failing(model.loss)  # when the term is there already
             trainer.fit()
