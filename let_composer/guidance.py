@@ -56,6 +56,10 @@ class Guidance(Lifecycle[OptionsT]):
     def forget(self) -> None:
         """Drop what was kept of a microbatch."""
 
+    def projected(self, tokens: int) -> int:
+        """How many of the tokens of a microbatch go through the teacher's head."""
+        return 0
+
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
         """The unweighted term of a microbatch, a mean over the tokens of ``mask``.
 
@@ -137,7 +141,9 @@ class Guidance(Lifecycle[OptionsT]):
             )
         self._weight = self.schedule.weight(state.timestamp, self.strength())
         self._needs_mask = needs_mask(batch.get("attention_mask"))  # here the batch is still the host's
-        teacher = 2 * self._teacher.parameters
+        tokens = batch["input_ids"].numel()
+        head = self._teacher.head_parameters * self.projected(tokens) / tokens
+        teacher = 2 * (self._teacher.parameters + head)
         logger.log_metrics(
             {
                 f"{self.prefix}/weight": self._weight,
@@ -153,6 +159,8 @@ class Guidance(Lifecycle[OptionsT]):
             self._run_teacher(state)
         states, self._states = self._states, None
         assert states is not None
+        assert self._teacher is not None
+        self._flops += self._teacher.flops(0, 1, self.projected(mask.numel()))
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 

@@ -8,9 +8,10 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, measured
+from let_composer.balance import GradientRatio, Lead, measured, sampled_loss, sampling_step
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment_loss, target_sum, usable_tokens
+from let_composer.objective import language_model_loss
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
@@ -94,6 +95,11 @@ class LET(Guidance[LETOptions]):
     options_type = LETOptions
     prefix = "let"
 
+    @property
+    def head(self) -> bool:
+        """Whether the teacher's predictions are needed."""
+        return self.options.weight == "auto"
+
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
@@ -134,6 +140,11 @@ class LET(Guidance[LETOptions]):
         self._had_gradient = False
         self._statistics = FeatureStatistics(self.options.normalize_teacher)
         self._balance = GradientRatio()
+        self._lead = Lead()
+
+    def projected(self, tokens: int) -> int:
+        """A sample of the tokens goes through the teacher's head, if any."""
+        return len(range(0, tokens, sampling_step(tokens))) if self.head else 0
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
@@ -167,7 +178,7 @@ class LET(Guidance[LETOptions]):
 
     def strength(self) -> float:
         """The weight before annealing."""
-        return self._balance.weight if self.options.weight == "auto" else self.options.weight
+        return self._lead.share * self._balance.weight if self.options.weight == "auto" else self.options.weight
 
     def drop_batch(self) -> None:
         """Forget the batch, and the gradients seen in it."""
@@ -196,10 +207,17 @@ class LET(Guidance[LETOptions]):
             targets=target_sum(states, mask, width=width, **normalisation),
             features=self._statistics.sums(states, mask),
         )
+        if self.head:
+            assert self._teacher is not None
+            targets = state.batch["labels"].roll(-1, dims=1)
+            self._sums.add(teacher=sampled_loss(self._teacher.project, states, targets, mask))
         return term
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""
+        if self.head:
+            assert self._tokens is not None
+            self._sums.add(student=self._tokens * language_model_loss(loss))
         return weight * term
 
     def gradients(self) -> dict[str, Tensor]:
@@ -212,8 +230,11 @@ class LET(Guidance[LETOptions]):
         self._statistics.update(sums["features"])
         tokens = float(sums["tokens"])
         model, term = sums["gradients"].sqrt().tolist()
-        self._balance.update(model, term / weight)
+        if weight:
+            self._balance.update(model, term / weight)
+        lead = self._learn_lead(sums, tokens) if self.head else {}
         return {
+            **lead,
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),
             "constant_cosine": float(torch.linalg.vector_norm(sums["targets"])) / max(tokens, 1.0),
             "usable": float(sums["usable"]) / tokens if tokens else 1.0,
@@ -222,12 +243,26 @@ class LET(Guidance[LETOptions]):
 
     def saved(self) -> dict[str, Any]:
         """The running statistics and norms."""
-        return {"statistics": self._statistics.state_dict(), "norms": self._balance.norms}
+        return {
+            "statistics": self._statistics.state_dict(),
+            "norms": self._balance.norms,
+            "lead": self._lead.nats,
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running statistics and norms."""
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
+        self._lead.nats = saved.get("lead")
+
+    def _learn_lead(self, sums: Mapping[str, Tensor], tokens: float) -> dict[str, float]:
+        loss, compared = sums["teacher"].tolist()
+        if not (tokens and compared):
+            return {}
+        self._lead.update(lead := float(sums["student"]) / tokens - loss / compared)
+        if self._lead.share == 0:
+            self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
+        return {"lead": lead}
 
     def _require_gradient(self, student: Tensor) -> None:
         if student.requires_grad:

@@ -69,7 +69,6 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     options_type: ClassVar[type[Options]]
     prefix: ClassVar[str]  # of metrics and hyperparameters
-    head: ClassVar[bool] = False  # whether the teacher's LM head is needed
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -90,6 +89,11 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         return self.phase is Phase.GUIDING
 
     # ---- what a method brings ----
+
+    @property
+    def head(self) -> bool:
+        """Whether the teacher's LM head is needed."""
+        raise NotImplementedError
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""

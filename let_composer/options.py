@@ -99,6 +99,11 @@ class LETOptions(Options):
                 "student_layer and teacher_layer count the blocks passed, from 1; 0 would be the embeddings, which see "
                 "no context."
             )
+        if self.weight == "auto" and self.teacher_layer != -1:
+            raise ValueError(
+                "weight: auto compares the teacher's predictions with the student's, so it needs the teacher's last "
+                f"layer. Got teacher_layer {self.teacher_layer}: leave it out, or give a number as the weight."
+            )
 
     def teacher_arguments(self) -> dict[str, Any]:
         """What the teacher is loaded with, besides its name."""

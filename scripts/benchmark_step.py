@@ -8,7 +8,7 @@
 Each round trains without LET, and with it until and after its stop, a few steps each, through Composer's Trainer.
 Student and teacher have the shapes that the YAML names and random weights, the tokens are random: cost does not depend
 on them. The optimizer is plain SGD: in a real run a step of it is small against many microbatches, and a 7B model fits
-one card. Prints step time, tokens/s, peak memory and utilisation next to what plan.py expects, and writes OUT.json.
+one card. Prints step time, tokens/s, peak memory and utilisation next to what planning expects, and writes OUT.json.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from composer import Callback, DataSpec, Event, Logger, State, Trainer
 from llmfoundry.utils.builders import build_composer_model
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
-from plan import HARDWARE, Hardware, Plan, make_plan, teacher_config
 from torch.utils.data import DataLoader
-from train import load
 from transformers import AutoConfig, AutoModel
 
 from let_composer import LET
+from let_composer.configuration import load
+from let_composer.planning import HARDWARE, Hardware, Plan, make_plan, teacher_config
 
 __all__ = ["Measurement", "main", "measure", "table"]
 
@@ -78,7 +78,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> dic
     """Time the three kinds of steps of a training YAML.
 
     Args:
-        config: As :func:`train.load` reads it, with ``algorithms.let``.
+        config: As `let_composer.configuration.load` reads it, with ``algorithms.let``.
         rounds: How often the kinds take turns.
         steps: Steps of each kind in a round, warm-up included.
         warmup: Steps at the start of each turn that do not count.

@@ -127,7 +127,7 @@ def write_report(out: Path, results: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = parts) -> int:
     """Command line of the module's docstring; the number of parts that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h100", help="name in plan.py's table (default: h100)")
+    parser.add_argument("--gpu", default="h100", help="name in let-composer plan's table (default: h100)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_report"))
     parser.add_argument("--only", nargs="+", help="names of parts")
     parser.add_argument("--minutes", type=float, default=25, help="start no part after this (default: 25)")

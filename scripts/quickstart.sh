@@ -70,5 +70,5 @@ else
   run baseline
   run let yamls/quickstart/let.yaml algorithms.let.weight=1
 fi
-python scripts/compare.py "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
-echo "Compare tokens and FLOPs. Times are of this machine with whatever else it did. The teacher's own training is not in them."
+let-composer compare "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
+echo "Judge by tokens and compute: times are of this machine, with whatever else it did."

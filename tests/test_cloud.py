@@ -10,6 +10,8 @@ import yaml
 from mcli import RunConfig
 from omegaconf import OmegaConf as om
 
+from let_composer.configuration import load
+
 ROOT = Path(__file__).parents[1]
 CLOUD = ROOT / "yamls" / "cloud"
 
@@ -56,7 +58,7 @@ def test_the_mosaicml_run_has_the_schema_of_its_client(tmp_path):
 def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
     run = RunConfig.from_file(CLOUD / "mcli.yaml")
     (tmp_path / "parameters.yaml").write_text(yaml.safe_dump(run.parameters))
-    config = script.load(str(ROOT / "yamls" / "let_7b.yaml"), [str(tmp_path / "parameters.yaml"), "seed=18"])
+    config = load(str(ROOT / "yamls" / "let_7b.yaml"), [str(tmp_path / "parameters.yaml"), "seed=18"])
     assert config.train_loader.dataset.remote == "s3://your-bucket/pile-mds"
     assert config.save_folder == "s3://your-bucket/runs/let-7b/checkpoints"
     assert config.model.d_model == 4096 and config.seed == 18
@@ -65,7 +67,7 @@ def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
 
 def test_a_yaml_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no YAML at '/mnt/config/parameterz.yaml'"):
-        script.load(str(ROOT / "yamls" / "let_7b.yaml"), ["/mnt/config/parameterz.yaml"])
+        load(str(ROOT / "yamls" / "let_7b.yaml"), ["/mnt/config/parameterz.yaml"])
 
 
 def test_what_a_yaml_leaves_open_is_asked_for():

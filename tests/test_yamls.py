@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-import train as script  # scripts/train.py
 import yaml
 from llmfoundry import registry
 from omegaconf import OmegaConf as om
 
 from let_composer import LET
+from let_composer.configuration import load
 
 YAMLS = Path(__file__).parents[1] / "yamls"
 SIZED = sorted(path for path in YAMLS.glob("*_*.yaml") if path.stem.rpartition("_")[2][0].isdigit())
@@ -55,7 +55,7 @@ def test_one_shape_of_file_for_all_sizes():
 def test_the_quickstarts_let_adds_a_block_and_nothing_else(kind):
     baseline, *others = (str(YAMLS / "quickstart" / name) for name in ("baseline.yaml", *kind, "let.yaml"))
     given = ([*others[:-1], "run_name=let"], others)
-    plain, guided = (om.to_container(script.load(baseline, arguments), resolve=True) for arguments in given)
+    plain, guided = (om.to_container(load(baseline, arguments), resolve=True) for arguments in given)
     let = guided["algorithms"].pop("let")
     assert guided == plain
     assert let["teacher"] == plain["variables"]["teacher"]
