@@ -1,9 +1,9 @@
 """What LET adds to a step: plain, guided and after-stop steps of one model in one process, taking turns.
 
     python scripts/benchmark_step.py yamls/let_1b4.yaml --gpu h100 --out runs/benchmark_step/1b4
-    python scripts/benchmark_step.py yamls/quickstart_let.yaml algorithms.let.teacher=EleutherAI/pythia-31m \
-        model.d_model=256 model.n_heads=4 model.n_layers=6 max_seq_len=256 global_train_batch_size=4 \
-        device_train_microbatch_size=4
+    python scripts/benchmark_step.py yamls/quickstart/baseline.yaml yamls/quickstart/let.yaml \
+        algorithms.let.teacher=EleutherAI/pythia-31m model.d_model=256 model.n_heads=4 model.n_layers=6 \
+        max_seq_len=256 global_train_batch_size=4 device_train_microbatch_size=4
 
 Each round trains without LET, and with it until and after its stop, a few steps each, through Composer's Trainer.
 Student and teacher have the shapes that the YAML names and random weights, the tokens are random: cost does not depend

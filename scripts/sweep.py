@@ -1,9 +1,9 @@
 """Run the arms of an experiment, each with several seeds, and compare them.
 
-    python scripts/sweep.py yamls/evidence.yaml                          # everything that has not been run yet
-    python scripts/sweep.py yamls/evidence.yaml --only "strong-*" --seeds 17
-    python scripts/sweep.py yamls/evidence.yaml --list                   # what would run
-    python scripts/sweep.py yamls/evidence_125m.yaml --workers 1 variables.attention=flash     # settings for all runs
+    python scripts/sweep.py yamls/evidence/evidence.yaml                          # everything that has not been run yet
+    python scripts/sweep.py yamls/evidence/evidence.yaml --only "strong-*" --seeds 17
+    python scripts/sweep.py yamls/evidence/evidence.yaml --list                   # what would run
+    python scripts/sweep.py yamls/evidence/evidence_125m.yaml variables.attention=flash   # for all runs
 
 The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from
 the base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
