@@ -203,14 +203,15 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
     )
 
 
-def count_teacher(body: Any, batch: int, length: int, head: bool = False) -> TeacherCount:
+def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> TeacherCount:
     """Count a teacher's body that lives on the meta device, see :func:`let_composer.teacher.build_body`.
 
     Args:
         body: In the type it computes in.
         batch: Sequences of a microbatch.
         length: Tokens of a sequence.
-        head: Whether its logits are needed; the head is as large as its embeddings. Default: ``False``.
+        projected: How many tokens of a microbatch go through the head, which is as large as its embeddings. Default:
+            ``0``.
     """
     blocks = find_blocks(body)[1]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
@@ -228,15 +229,15 @@ def count_teacher(body: Any, batch: int, length: int, head: bool = False) -> Tea
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
     parameters = sum(p.numel() for p in body.parameters())
     table = body.get_input_embeddings().weight
-    logits = head * table.numel()
+    head = table.numel() if projected else 0
     return TeacherCount(
-        parameters=parameters + logits,
-        matmul_parameters=matmul_parameters(body) + logits,
+        parameters=parameters + head,
+        matmul_parameters=matmul_parameters(body),
         width=width,
-        flops=flops.get_total_flops() / ids.numel() + 2 * logits,
+        flops=flops.get_total_flops() / ids.numel() + 2 * head * projected / ids.numel(),
         largest_unit=max(*in_blocks, parameters - sum(in_blocks)),
         activations=sizes[0],
-        logits=head * table.shape[0],
+        logits=table.shape[0] if projected else 0,
     )
 
 

@@ -50,11 +50,6 @@ class RKD(Guidance[RKDOptions]):
     options_type = RKDOptions
     prefix = "kd"
 
-    @property
-    def head(self) -> bool:
-        """Whether the teacher's predictions are needed: always."""
-        return True
-
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
@@ -76,10 +71,6 @@ class RKD(Guidance[RKDOptions]):
                 trust_remote_code=trust_remote_code,
             )
         )
-
-    def projected(self, tokens: int) -> int:
-        """All tokens go through the teacher's head."""
-        return tokens
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Nothing is needed but the outputs."""

@@ -8,9 +8,9 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, Lead, measured, sampled_loss, sampling_step
+from let_composer.balance import GradientRatio, Lead, measured, sampled_loss
 from let_composer.guidance import Guidance
-from let_composer.loss import Implementation, Resize, alignment_loss, target_sum, usable_tokens
+from let_composer.loss import Implementation, Resize, alignment, target_sum
 from let_composer.objective import language_model_loss
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
@@ -95,11 +95,6 @@ class LET(Guidance[LETOptions]):
     options_type = LETOptions
     prefix = "let"
 
-    @property
-    def head(self) -> bool:
-        """Whether the teacher's predictions are needed."""
-        return self.options.weight == "auto"
-
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
@@ -138,13 +133,9 @@ class LET(Guidance[LETOptions]):
         """Forget the running statistics: a run starts."""
         super().restart()
         self._had_gradient = False
-        self._statistics = FeatureStatistics(self.options.normalize_teacher)
+        self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
         self._balance = GradientRatio()
         self._lead = Lead()
-
-    def projected(self, tokens: int) -> int:
-        """A sample of the tokens goes through the teacher's head, if any."""
-        return len(range(0, tokens, sampling_step(tokens))) if self.head else 0
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
@@ -157,7 +148,7 @@ class LET(Guidance[LETOptions]):
                 "or remove LET."
             )
         example = torch.zeros(1, 8, device=device)
-        alignment_loss(example, example, implementation=self.options.implementation)  # says now if it cannot run here
+        alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
         self._statistics.to(device)
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
@@ -198,24 +189,22 @@ class LET(Guidance[LETOptions]):
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std()
         normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
-        term = alignment_loss(
-            measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation
-        )
+        found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
         width = student.shape[-1] if self.options.resize == "teacher" else None
         self._sums.add(
-            usable=usable_tokens(student, states, mask),
-            targets=target_sum(states, mask, width=width, **normalisation),
+            usable=found.usable,
+            targets=target_sum(states, mask, width=width, inverse_norm=found.inverse_norm, **normalisation),
             features=self._statistics.sums(states, mask),
         )
-        if self.head:
+        if self.options.weight == "auto":
             assert self._teacher is not None
             targets = state.batch["labels"].roll(-1, dims=1)
             self._sums.add(teacher=sampled_loss(self._teacher.project, states, targets, mask))
-        return term
+        return found.loss
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""
-        if self.head:
+        if self.options.weight == "auto":
             assert self._tokens is not None
             self._sums.add(student=self._tokens * language_model_loss(loss))
         return weight * term
@@ -232,7 +221,7 @@ class LET(Guidance[LETOptions]):
         model, term = sums["gradients"].sqrt().tolist()
         if weight:
             self._balance.update(model, term / weight)
-        lead = self._learn_lead(sums, tokens) if self.head else {}
+        lead = self._learn_lead(sums, tokens) if self.options.weight == "auto" else {}
         return {
             **lead,
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),

@@ -126,14 +126,14 @@ def make_plan(
             body = build_body(teacher_config(options.teacher), layer, options.trust_remote_code).to(dtype)
             refuse_uncountable(body.config, f"the teacher {options.teacher}")
             context = min(length, getattr(body.config, "max_position_embeddings", length) or length)
-        head = bool(methods.keys() & {"rkd", "salt"})
 
         given = config.get("device_train_microbatch_size", "auto")
         microbatch = batch // gpus if given == "auto" else min(int(given), batch // gpus)
         capacity = hardware.memory if hardware else None
         while True:  # auto halves the microbatch until it fits, as Composer does
             student = count_student(student_model, microbatch, length, fused)
-            teacher = count_teacher(body, microbatch, context, head) if body is not None else None
+            projected = max((m.projected(microbatch * context) for m in methods.values()), default=0)
+            teacher = count_teacher(body, microbatch, context, projected) if body is not None else None
             parts, other_parts, placement = memory(config, gpus, student, teacher, microbatch * length, dtype, capacity)
             if given != "auto" or microbatch == 1 or fits(sum(parts.values()) / GIB, capacity):
                 break
@@ -182,12 +182,11 @@ def table(plan: Plan) -> str:
         ("student", f"{student.parameters / 1e6:,.1f}M parameters{trained}, {student.flops / 1e9:,.2f} GFLOP a token"),
     ]
     if teacher:
-        which = "without embeddings" + ("" if {"rkd", "salt"} & {*plan.methods} else " and head")
         rows.append(
             (
                 "teacher",
                 f"{plan.teacher_name} for {' and '.join(plan.methods)}: {teacher.matmul_parameters / 1e6:,.1f}M "
-                f"parameters {which}, {teacher.flops / 1e9:,.3f} GFLOP a token",
+                f"parameters without embeddings and head, {teacher.flops / 1e9:,.3f} GFLOP a token",
             )
         )
     rows += [
