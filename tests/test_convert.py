@@ -450,14 +450,21 @@ def test_work_deletes_only_its_own(tmp_path: Path, tokenizer: str) -> None:
     assert shards(tmp_path / "empty") == shards(out)
 
 
-def test_work_on_another_disk_is_refused_before_the_work(tmp_path: Path, tokenizer: str) -> None:
+def test_work_on_another_disk(tmp_path: Path, tokenizer: str, step: Callable[..., Any]) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second disk at /dev/shm")
     (tmp_path / "a.jsonl").write_bytes(jsonl(english(60_000)))
-    with tempfile.TemporaryDirectory(dir=elsewhere) as work, pytest.raises(DataError, match="must be on the disk of"):
-        convert(plan(tmp_path / "a.jsonl", tokenizer), str(tmp_path / "out"), work=work, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    made, out = plan(tmp_path / "a.jsonl", tokenizer), tmp_path / "out"
+    with tempfile.TemporaryDirectory(dir=elsewhere) as work:
+        with pytest.raises(KeyboardInterrupt), step(tmp_path, 3, containing="out.writing"):
+            convert(made, str(out), workers=1, work=work, progress=False)
+        assert not out.exists()
+        convert(made, str(out), workers=1, work=work, progress=False)
+        assert not os.listdir(work)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    run(made, tmp_path / "here")
+    assert shards(out) == shards(tmp_path / "here")
 
 
 # ---- bad input ----
@@ -539,7 +546,7 @@ def test_errors_before_any_work(tmp_path: Path, tokenizer: str) -> None:
         run(Plan((str(source), str(source)), tokenizer, 64), tmp_path / "out")
     for changes, message in (
         ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
-        ({"validation": 1.0}, r"validation must be a share in \[0, 1\), got 1.0"),
+        ({"validation": 1.0}, r"validation must be a share in \[0, 1\), such as .* got 1\.0"),
         ({"on_error": "warn"}, "on_error must be stop or skip, got 'warn'"),
     ):
         with pytest.raises(DataError, match=message):

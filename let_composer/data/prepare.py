@@ -13,11 +13,11 @@ import sys
 import time
 from typing import Any
 
-from let_composer.data import DataError
+from let_composer.data import DataError, describe
 from let_composer.data.convert import convert
 from let_composer.data.plan import Plan
 from let_composer.data.streams import streams_block
-from let_composer.data.tokens import UNLABELLED, describe
+from let_composer.data.tokens import UNLABELLED
 
 __all__ = ["add_arguments", "run"]
 

@@ -2,18 +2,21 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from let_composer.data import DataError
-from let_composer.data.reading import Piece
+from let_composer.data import DataError, describe
+from let_composer.data.plan import Plan
+from let_composer.data.sources import Piece
 
-__all__ = ["UNLABELLED", "Documents", "Encoder", "describe"]
+__all__ = ["PROBLEMS_KEPT", "UNLABELLED", "Encoder", "documents"]
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +46,17 @@ class Encoder:
         ]
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [
-            np.array(encoding.ids, self.dtype)
-            for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def _cut(self, text: str) -> Iterator[str]:
         start = 0
-        while len(text) - start > STRETCH:
-            cut = self._place(text, start + STRETCH // 2, start + STRETCH)
-            if not cut:
+        while (left := len(text) - start) > STRETCH:
+            if not (cut := self._place(text, start + STRETCH // 2, start + STRETCH)):
                 log.warning(
                     "This tokenizer gives other ids where a long document is cut, so its next %d characters are "
                     "tokenized at once. That takes some 100 bytes a token.",
-                    len(text) - start,
+                    left,
                 )
                 break
             yield text[start:cut]
@@ -76,72 +76,46 @@ class Encoder:
         return None
 
 
-class Documents:
-    """The documents of a piece; what cannot be read is counted or, with ``stop``, raised as DataError."""
+def documents(
+    piece: Piece, plan: Plan, problems: list[dict[str, Any]], counts: Counter[str]
+) -> Iterator[tuple[str, str, float, int]]:
+    """Yield text, subset, the text's place in [0, 1) by its hash, and its bytes.
 
-    def __init__(self, piece: Piece, text_key: str, by_subset: bool, stop: bool) -> None:
-        self.piece, self.text_key, self.by_subset, self.stop = piece, text_key, by_subset, stop
-        self.problems: list[dict[str, Any]] = []
-        self.counts: dict[str, int] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, str, float, int]]:
-        """Yield text, subset, the text's place in [0, 1) by its hash, and its bytes."""
-        payload = self.piece.payload
-        lines: Any = payload if isinstance(payload, list) else _lines(payload)
-        for number, line in enumerate(lines, self.piece.first_line):
-            try:
-                if isinstance(line, bytes):
-                    if not line.strip():
-                        continue
-                    line = json.loads(line)
-                text = line.get(self.text_key) if isinstance(line, dict) else None
-                if isinstance(text, bytes):
-                    text = text.decode()
-                if not isinstance(text, str):
-                    expected = f"expected an object with a string under {self.text_key!r}, got {str(line)[:80]}"
-                    self._problem(number, "no text", expected)
-                elif not text or text.isspace():
-                    self._problem(number, "empty text", "the document holds no text")
-                else:
-                    yield text, _subset(line) if self.by_subset else "", *_digest(text)
-            except DataError:
-                raise
-            except UnicodeError as error:
-                self._problem(number, "invalid UTF-8", str(error))
-            except (ValueError, RecursionError) as error:
-                self._problem(number, "invalid JSON", str(error))
-
-    def _problem(self, line: int, kind: str, message: str) -> None:
-        problem = {"path": self.piece.path, "line": line, "kind": kind, "message": message[:200]}
-        if self.stop:
+    What cannot be read is raised as DataError or, to be skipped, counted, and the first of it added to ``problems``.
+    """
+    for number, line in enumerate(io.BytesIO(piece.payload), piece.first_line):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+            text = row.get(plan.text_key) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
+                kind, message = "no text", f"expected an object with a string under {plan.text_key!r}, got {got[:80]}"
+            elif not text or text.isspace():
+                kind, message = "empty text", "the document holds no text"
+            else:
+                yield text, _subset(row) if plan.by_subset else "", *_digest(text)
+                continue
+        except UnicodeError as error:
+            kind, message = "invalid UTF-8", str(error)
+        except (ValueError, RecursionError) as error:
+            kind, message = "invalid JSON", str(error)
+        problem = {"path": piece.path, "line": number, "kind": kind, "message": message[:200]}
+        if plan.on_error == "stop":
             raise DataError(describe(problem))
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(problem)
-
-
-def describe(problem: dict[str, Any]) -> str:
-    """Say where and what it is, in a line."""
-    return f"{problem['path']}, line {problem['line']}: {problem['kind']}: {problem['message']}"
-
-
-def _lines(payload: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(payload):
-        end = payload.find(b"\n", start) + 1 or len(payload)
-        yield payload[start:end]
-        start = end
+        counts[kind] += 1
+        if len(problems) < PROBLEMS_KEPT:
+            problems.append(problem)
 
 
 def _subset(row: dict[str, Any]) -> str:
     meta = row.get("meta")
-    if isinstance(meta, str | bytes):
+    if isinstance(meta, str):
         with contextlib.suppress(ValueError):
             meta = json.loads(meta)
     name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
-    if isinstance(name, bytes):
-        name = name.decode()
-    return name if isinstance(name, str) else UNLABELLED
+    return name.encode().decode() if isinstance(name, str) else UNLABELLED  # lone surrogates are an error here
 
 
 def _digest(text: str) -> tuple[float, int]:

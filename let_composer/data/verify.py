@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from let_composer.data import DataError
-from let_composer.data.manifest import MANIFEST, join, read_manifest
+from let_composer.data.manifest import join, read_manifest
 from let_composer.data.plan import load_tokenizer
 from let_composer.data.shards import HASH
 
@@ -42,8 +42,9 @@ def verify(out: str, samples: int = 2) -> dict[str, int]:
     from streaming import Stream
     from streaming.base.world import World
 
-    if (manifest := read_manifest(out, above=False)) is None:
-        raise DataError(f"Expected {MANIFEST} in {out}, found none of ours: was it made by let-composer prepare?")
+    manifest, why_not = read_manifest(out)
+    if manifest is None:
+        raise DataError(f"Nothing to verify in {out}: {why_not}.")
     tokenizer = load_tokenizer(manifest["tokenizer"]["name"])
     read = {}
     for about in manifest["streams"].values():
