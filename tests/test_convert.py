@@ -156,21 +156,17 @@ def test_every_format_gives_the_same_shards(tmp_path: Path, tokenizer: str) -> N
         "a.jsonl": data,
         "b.jsonl.zst": whole(data),
         "frames.jsonl.zst": whole(data[:half]) + whole(data[half:]),
-        "c.jsonl.gz": gzip.compress(data),
+        "c.json.gz": gzip.compress(data),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     rows = [json.loads(line) for line in data.splitlines()]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=50)
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    (hub / "train.jsonl").write_bytes(data)
     found: dict[int, Any] = {}
-    for name in [*files, "d.parquet", f"hf:{hub}"]:
-        source = name if name.startswith("hf:") else str(tmp_path / name)
+    for name in [*files, "d.parquet"]:
         # Rows are cut elsewhere than lines, so one piece holds them all.
         for size in (40_000, 1 << 20) if name in files else (1 << 20,):
-            run(plan(source, tokenizer, piece_bytes=size), tmp_path / "out")
+            run(plan(tmp_path / name, tokenizer, piece_bytes=size), tmp_path / "out")
             content = {k: v for k, v in shards(tmp_path / "out").items() if not k.endswith("manifest.json")}
             assert content == found.setdefault(size, content), name
             shutil.rmtree(tmp_path / "out")
@@ -517,10 +513,9 @@ def test_damaged_file(tmp_path: Path, tokenizer: str, suffix: str, damage: str) 
         run(plan(tmp_path / "in", tokenizer), tmp_path / "stopped")
     manifest = run(plan(tmp_path / "in", tokenizer, on_error="skip", shuffle_seed=None), tmp_path / "out")
     counts = manifest["streams"][""]["splits"]["train"]
-    problem = manifest["problems"]["first"][0]
+    (problem,) = [p for p in manifest["problems"]["first"] if p["kind"] == f"{damage} file"]
     broken = sum(manifest["problems"]["counts"].values()) - 1
     # All whole lines before the damage are there, and the next file.
-    assert problem["kind"] == f"{damage} file"
     assert counts["documents"] == problem["line"] - 1 - broken + len(english(60_000))
     assert suffix == "gz" or damage == "corrupt" or problem["line"] > 100
 

@@ -1,7 +1,6 @@
 """The whole conversion: what was asked for, what is there already, the workers, and how it is finished."""
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -20,7 +19,7 @@ from let_composer.data import DataError, describe, replacing, shards, write_json
 from let_composer.data.manifest import MANIFEST, join
 from let_composer.data.plan import Plan, claim, clean, finished, locked, wanted, work_folder
 from let_composer.data.shards import SPLITS, Job, stream_folder, upload
-from let_composer.data.sources import Reading, Source, list_sources, piece_name, read_pieces
+from let_composer.data.sources import Source, list_sources, read_pieces
 from let_composer.data.streams import check_proportions, streams_block
 from let_composer.data.tokens import PROBLEMS_KEPT
 
@@ -72,9 +71,9 @@ def convert(
                 job = Job(plan, serialized, manifest["tokenizer"]["eos_id"], manifest["dtype"], folder, remote)
                 if remote:
                     upload(folder, remote, [])  # is it there, and may we write?
-                readings, records = _convert_pieces(job, sources, workers, proportions, progress)
+                records = _convert_pieces(job, sources, workers, proportions, progress)
                 done = manifest | {"left_out": left_out}
-                _finish(job, done, readings, records, out, proportions)
+                _finish(job, done, records, out, proportions)
             clean(folder)
     if proportions:
         with tempfile.TemporaryDirectory() if remote else contextlib.nullcontext(out) as root:
@@ -86,15 +85,15 @@ def convert(
 
 def _convert_pieces(
     job: Job, sources: list[Source], workers: int | None, proportions: dict[str, float] | None, progress: bool
-) -> tuple[list[Reading], dict[str, Any]]:
-    """Have all pieces written that are not yet; returns what was read, and the pieces' records in their order."""
+) -> dict[str, Any]:
+    """Have all pieces written that are not yet, and return their records in the order of the input."""
     from tqdm import tqdm
 
     workers = workers or len(os.sched_getaffinity(0))
     # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["let_composer.data.shards", "streaming"])
-    plan, stop, readings = job.plan, job.plan.on_error == "stop", []
+    plan, records = job.plan, {}
     pending: set[Future[set[str]]] = set()
 
     def collect(most: int) -> None:
@@ -109,51 +108,40 @@ def _convert_pieces(
     bar = tqdm(total=sum(s.size or 0 for s in sources) or None, unit="B", unit_scale=True, disable=not progress)
     try:
         for number, source in enumerate(sources):
-            read_before = bar.n
-            file = job.record(f"{number:05}")
-            # It says that all pieces have been cut; some may still have been with a worker.
-            reading = Reading(**json.loads(file.read_text())) if file.exists() else Reading()
-            if not file.exists() or not all(job.record(piece_name(number, n)).exists() for n in range(reading.pieces)):
-                reading = Reading()
-                for piece in read_pieces(source, number, plan.piece_bytes, reading, plan.text_key):
+            read_before, cut = bar.n, job.record(f"{number:05}")
+            # It lists all pieces of the source; some may still have been with a worker.
+            names = json.loads(cut.read_text()) if cut.exists() else []
+            if not cut.exists() or not all(job.record(name).exists() for name in names):
+                names = []
+                for piece in read_pieces(source, number, plan.piece_bytes, plan.text_key):
+                    names.append(piece.name)
                     if not job.record(piece.name).exists():
                         collect(2 * workers - 1)
                         pending.add(pool.submit(shards.write_piece, piece))
                     bar.update(read_before + piece.position - bar.n)
+                write_json(cut, names)
             bar.update(read_before + (source.size or 0) - bar.n)
-            if reading.problem and stop:
-                raise DataError(describe({"path": source.path, **reading.problem}))
-            write_json(file, dataclasses.asdict(reading))
-            readings.append(reading)
+            records |= dict.fromkeys(names)
         collect(0)
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    names = [piece_name(number, n) for number, reading in enumerate(readings) for n in range(reading.pieces)]
-    records = {name: json.loads(job.record(name).read_text()) for name in names}
-    if problems := [p for record in records.values() for p in record["problems"]] if stop else []:
-        raise DataError(describe(problems[0]))  # written by a call that skipped
-    return readings, records
+    for name in records:
+        records[name] = record = json.loads(job.record(name).read_text())
+        if record["problems"] and plan.on_error == "stop":  # written by a call that skipped
+            raise DataError(describe(record["problems"][0]))
+    return records
 
 
 def _finish(
-    job: Job,
-    manifest: dict[str, Any],
-    readings: list[Reading],
-    records: dict[str, Any],
-    out: str,
-    proportions: dict[str, float] | None,
+    job: Job, manifest: dict[str, Any], records: dict[str, Any], out: str, proportions: dict[str, float] | None
 ) -> None:
     """Complete ``manifest``, write what is left, and let ``out`` appear."""
     length, problems, counts = job.plan.sequence_length, [], Counter()
-    for source, reading in zip(manifest["sources"], readings, strict=True):
-        source["sha256"] = reading.sha256
-        if reading.problem:
-            problems.append({"path": source["path"], **reading.problem})
-            counts[reading.problem["kind"]] += 1
     for record in records.values():
         counts.update(record["problem_counts"])
         problems += record["problems"]
+    problems.sort(key=lambda problem: not problem["kind"].endswith("file"))  # a damaged file is the most that is lost
     manifest["problems"] = {"counts": dict(sorted(counts.items())), "first": problems[:PROBLEMS_KEPT]}
     manifest["streams"], indexes, root = {}, {}, job.work / "out"
     order = list(records)

@@ -28,7 +28,7 @@ class Plan:
     """Everything that decides the bytes written.
 
     Args:
-        inputs: Files, folders, URLs or ``hf:`` names.
+        inputs: Files, folders, globs or URLs.
         tokenizer: Name or folder of a Hugging Face tokenizer.
         sequence_length: Tokens a sample.
         validation: Share of documents, by hash of their text, that goes to the validation split. Default: ``0``.

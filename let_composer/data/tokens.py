@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,17 +17,18 @@ from let_composer.data.sources import Piece
 
 __all__ = ["PROBLEMS_KEPT", "UNLABELLED", "Encoder", "documents"]
 
-log = logging.getLogger(__name__)
-
 UNLABELLED = "unlabelled"
-STRETCH = 1 << 20  # characters given to the tokenizer at a time: an encoding takes some 100 bytes a token
+STRETCH = 1 << 20  # characters given to the tokenizer at a time
 WINDOW = 256
-TRIES = 8
 PROBLEMS_KEPT = 100
 
 
 class Encoder:
-    """A tokenizer that reads special tokens as plain text and cuts long texts only where that changes no id."""
+    """A tokenizer that reads special tokens as plain text.
+
+    It takes some 100 bytes of memory a token. A long text is cut at line ends that change no id; what has none is
+    tokenized at once.
+    """
 
     def __init__(self, tokenizer: str, dtype: str) -> None:
         self.tokenizer, self.dtype = Tokenizer.from_str(tokenizer), dtype
@@ -39,41 +39,28 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Encode texts that together hold about ``STRETCH`` characters, unless one alone is longer."""
-        short = iter(self._encode([text for text in texts if len(text) <= STRETCH]))
-        return [
-            next(short) if len(text) <= STRETCH else np.concatenate([self._encode([s])[0] for s in self._cut(text)])
-            for text in texts
-        ]
+        if all(len(text) <= STRETCH for text in texts):
+            return self._encode(texts)
+        return [np.concatenate([self._encode([part])[0] for part in self._stretches(text)]) for text in texts]
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
-    def _cut(self, text: str) -> Iterator[str]:
+    def _stretches(self, text: str) -> Iterator[str]:
         start = 0
-        while (left := len(text) - start) > STRETCH:
-            if not (cut := self._place(text, start + STRETCH // 2, start + STRETCH)):
-                log.warning(
-                    "This tokenizer gives other ids where a long document is cut, so its next %d characters are "
-                    "tokenized at once. That takes some 100 bytes a token.",
-                    left,
-                )
-                break
-            yield text[start:cut]
-            start = cut
-        yield text[start:]
-
-    def _place(self, text: str, low: int, high: int) -> int | None:
-        for mark in "\n ":
-            place = high
-            for _ in range(TRIES):
-                if (place := text.rfind(mark, low, place)) < 0:
+        while len(text) - start > STRETCH:
+            line_end = text.rfind("\n", start + WINDOW, start + STRETCH)
+            for end in (line_end, line_end + 1) if line_end > 0 else ():
+                left, right = text[end - WINDOW : end], text[end : end + WINDOW]
+                first, second, whole = self._encode([left, right, left + right])
+                if np.array_equal(whole, np.concatenate([first, second])):
+                    yield text[start:end]
+                    start = end
                     break
-                before, after = text[place - WINDOW : place], text[place : place + WINDOW]
-                whole, left, right = self._encode([before + after, before, after])
-                if np.array_equal(whole, np.concatenate([left, right])):
-                    return place
-        return None
+            else:
+                break
+        yield text[start:]
 
 
 def documents(
@@ -83,30 +70,36 @@ def documents(
 
     What cannot be read is raised as DataError or, to be skipped, counted, and the first of it added to ``problems``.
     """
+
+    def problem(line: int, kind: str, message: str) -> None:
+        found = {"path": piece.path, "line": line, "kind": kind, "message": message[:200]}
+        if plan.on_error == "stop":
+            raise DataError(describe(found))
+        counts[kind] += 1
+        if len(problems) < PROBLEMS_KEPT:
+            problems.append(found)
+
+    if piece.damage:
+        problem(**piece.damage)
     for number, line in enumerate(io.BytesIO(piece.payload), piece.first_line):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
             text = row.get(plan.text_key) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
-                kind, message = "no text", f"expected an object with a string under {plan.text_key!r}, got {got[:80]}"
-            elif not text or text.isspace():
-                kind, message = "empty text", "the document holds no text"
-            else:
-                yield text, _subset(row) if plan.by_subset else "", *_digest(text)
-                continue
+            about = (_subset(row) if plan.by_subset else "", *_digest(text)) if isinstance(text, str) else None
         except UnicodeError as error:
-            kind, message = "invalid UTF-8", str(error)
+            problem(number, "invalid UTF-8", str(error))
         except (ValueError, RecursionError) as error:
-            kind, message = "invalid JSON", str(error)
-        problem = {"path": piece.path, "line": number, "kind": kind, "message": message[:200]}
-        if plan.on_error == "stop":
-            raise DataError(describe(problem))
-        counts[kind] += 1
-        if len(problems) < PROBLEMS_KEPT:
-            problems.append(problem)
+            problem(number, "invalid JSON", str(error))
+        else:
+            if not about:
+                got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
+                problem(number, "no text", f"expected an object with a string under {plan.text_key!r}, got {got[:80]}")
+            elif not text or text.isspace():
+                problem(number, "empty text", "the document holds no text")
+            else:
+                yield text, *about
 
 
 def _subset(row: dict[str, Any]) -> str:
