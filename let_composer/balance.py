@@ -1,12 +1,26 @@
-"""Weights that set themselves: equal gradients, and the best mixture of two models. Nothing here knows a trainer."""
+"""Weights that set themselves: equal gradients, a teacher's lead, the best mixture of two models. Nothing here knows a
+trainer.
+"""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BINS", "GradientRatio", "StackingWeight", "histogram", "measured", "stacking_weight"]
+__all__ = [
+    "BINS",
+    "GradientRatio",
+    "Lead",
+    "StackingWeight",
+    "histogram",
+    "measured",
+    "sampled_loss",
+    "sampling_step",
+    "stacking_weight",
+]
 
 _MOMENTUM = 0.9
 _FIRST = 0.1  # the paper's weight, until a gradient has been seen
@@ -67,6 +81,53 @@ class GradientRatio:
             return
         old = self.norms or [model, term]
         self.norms = [_MOMENTUM * o + (1 - _MOMENTUM) * n for o, n in zip(old, (model, term), strict=True)]
+
+
+class Lead:
+    """How far the teacher's predictions are ahead of the student's, and what it can still give.
+
+    ``share = 1 - perplexity of the teacher / perplexity of the student``, of running means; 0 once the student is as
+    good. Our choice, the paper is silent.
+    """
+
+    def __init__(self) -> None:
+        self.nats: float | None = None  # student's loss less the teacher's
+
+    @property
+    def share(self) -> float:
+        """A factor from 0 to 1 for the weight of the next batch; 1 until a batch has been seen."""
+        return 1.0 if self.nats is None else max(0.0, -math.expm1(-self.nats))
+
+    def update(self, nats: float) -> None:
+        """Take in one batch; left out where a loss overflowed.
+
+        Args:
+            nats: The student's loss less the teacher's, per token.
+        """
+        if math.isfinite(nats):
+            self.nats = nats if self.nats is None else _MOMENTUM * self.nats + (1 - _MOMENTUM) * nats
+
+
+def sampling_step(tokens: int) -> int:
+    """Every how manieth of so many tokens :func:`sampled_loss` looks at: at most 1,024 in all."""
+    return max(1, -(-tokens // 1024))
+
+
+def sampled_loss(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """A model's cross-entropy on evenly spaced tokens: the sum in nats, and the number of tokens, ``[2]`` in fp32.
+
+    Args:
+        project: From hidden states ``[N, D]`` to logits ``[N, V]``.
+        states: ``[B, S, D]``.
+        targets: The token that is to be predicted at each position, ``[B, S]``.
+        mask: Tokens that count, boolean ``[B, S]``.
+    """
+    step = sampling_step(mask.numel())
+    logits = project(states.flatten(0, 1)[::step]).float()
+    targets, mask = (x.flatten()[::step] for x in (targets, mask))
+    mask = mask & (targets >= 0) & (targets < logits.shape[-1])
+    loss = F.cross_entropy(logits, torch.where(mask, targets, 0), reduction="none")
+    return torch.stack([torch.where(mask, loss, 0).sum(), mask.sum()])
 
 
 def histogram(ratios: Tensor, mask: Tensor) -> Tensor:

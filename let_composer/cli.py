@@ -5,6 +5,7 @@ import importlib
 import sys
 
 import let_composer
+from let_composer.options import nearest
 
 __all__ = ["VERBS", "main"]
 
@@ -13,6 +14,10 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "prepare": ("let_composer.data.prepare", "turn text into streaming shards"),
     "verify": ("let_composer.data.verify", "read shards back and check hashes, counts and token ids"),
+    "plan": ("let_composer.planning", "FLOPs, memory, time and price of a run, before it costs anything"),
+    "compare": ("let_composer.comparing", "runs by what they logged: verdict, table, picture, page"),
+    "eval": ("let_composer.evaluating", "in-context tasks, for Hugging Face models and Composer checkpoints"),
+    "yaml": ("let_composer.examples", "print an example YAML"),
 }
 
 
@@ -34,14 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=let_composer.__version__)
-    top.add_argument("verb", choices=VERBS, metavar="VERB")
+    top.add_argument("verb", metavar="VERB")
     verb = top.parse_args(argv[:1]).verb
+    if verb not in VERBS:
+        top.error(f"there is no verb {verb!r}{nearest(verb, VERBS)}.")
     module = importlib.import_module(VERBS[verb][0])
     parser = argparse.ArgumentParser(
         f"let-composer {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
+    args = parser.parse_intermixed_args(argv[1:])  # positional arguments may follow options
     try:
         return module.run(args) or 0
     except (ValueError, OSError) as error:

@@ -49,7 +49,6 @@ class RKD(Guidance[RKDOptions]):
 
     options_type = RKDOptions
     prefix = "kd"
-    head = True
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from let_composer.lifecycle import Lifecycle, OptionsT
 from let_composer.metrics import BatchSums
 from let_composer.objective import loss_generating, plus, total
-from let_composer.teacher import needs_mask
+from let_composer.teacher import Teacher, needs_mask
 
 __all__ = ["Guidance"]
 
@@ -23,7 +23,8 @@ _LOW = 0.9  # of let/usable
 
 class Guidance(Lifecycle[OptionsT]):
     """What a method of guiding shares with every other. It has three parts of its own: what it needs of the student and
-    of the teacher (:meth:`attach`, ``head``), its term (:meth:`term`), and how that joins the loss (:meth:`joined`).
+    of the teacher (:meth:`attach`, its options' ``projected``), its term (:meth:`term`), and how that joins the loss
+    (:meth:`joined`).
 
     Where several guide one run, each joins with the student's own loss, whatever their order.
     """
@@ -41,8 +42,13 @@ class Guidance(Lifecycle[OptionsT]):
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
-        self._separates = _separates_documents(model)
+        self._separates, self._length = _documents(model)
         return "the student"
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse a teacher that cannot read the rows that this student reads."""
+        if self._separates:
+            teacher.require_separation(self._length)
 
     def detach(self) -> None:
         """Let go of the student and of what was kept of a batch."""
@@ -137,7 +143,9 @@ class Guidance(Lifecycle[OptionsT]):
             )
         self._weight = self.schedule.weight(state.timestamp, self.strength())
         self._needs_mask = needs_mask(batch.get("attention_mask"))  # here the batch is still the host's
-        teacher = 2 * self._teacher.parameters
+        tokens = batch["input_ids"].numel()
+        head = self._teacher.head_parameters * self.options.projected(tokens) / tokens
+        teacher = 2 * (self._teacher.parameters + head)
         logger.log_metrics(
             {
                 f"{self.prefix}/weight": self._weight,
@@ -153,6 +161,8 @@ class Guidance(Lifecycle[OptionsT]):
             self._run_teacher(state)
         states, self._states = self._states, None
         assert states is not None
+        assert self._teacher is not None
+        self._flops += self._teacher.flops(0, 1, self.options.projected(mask.numel()))
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 
@@ -206,10 +216,12 @@ class Guidance(Lifecycle[OptionsT]):
             self.retire(state, logger)
 
 
-def _separates_documents(model: nn.Module) -> bool:
-    """Whether tokens of a packed row attend to their own document only, as in an MPT with attn_uses_sequence_id."""
+def _documents(model: nn.Module) -> tuple[bool, int]:
+    """Whether tokens of a packed row attend to their own document only, as in an MPT with attn_uses_sequence_id; and
+    the length of a row.
+    """
     for module in model.modules():
-        config = getattr(getattr(module, "config", None), "attn_config", None)
-        if isinstance(config, Mapping):
-            return bool(config.get("attn_uses_sequence_id"))
-    return False
+        config = getattr(module, "config", None)
+        if isinstance(attention := getattr(config, "attn_config", None), Mapping):
+            return bool(attention.get("attn_uses_sequence_id")), int(getattr(config, "max_seq_len", 1))
+    return False, 1

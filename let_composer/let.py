@@ -8,9 +8,10 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, measured
+from let_composer.balance import GradientRatio, Lead, measured, sampled_loss
 from let_composer.guidance import Guidance
-from let_composer.loss import Implementation, Resize, alignment_loss, target_sum, usable_tokens
+from let_composer.loss import Implementation, Resize, alignment, target_sum
+from let_composer.objective import language_model_loss
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
@@ -132,8 +133,9 @@ class LET(Guidance[LETOptions]):
         """Forget the running statistics: a run starts."""
         super().restart()
         self._had_gradient = False
-        self._statistics = FeatureStatistics(self.options.normalize_teacher)
+        self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
         self._balance = GradientRatio()
+        self._lead = Lead()
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
@@ -146,7 +148,7 @@ class LET(Guidance[LETOptions]):
                 "or remove LET."
             )
         example = torch.zeros(1, 8, device=device)
-        alignment_loss(example, example, implementation=self.options.implementation)  # says now if it cannot run here
+        alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
         self._statistics.to(device)
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
@@ -167,7 +169,7 @@ class LET(Guidance[LETOptions]):
 
     def strength(self) -> float:
         """The weight before annealing."""
-        return self._balance.weight if self.options.weight == "auto" else self.options.weight
+        return self._lead.share * self._balance.weight if self.options.weight == "auto" else self.options.weight
 
     def drop_batch(self) -> None:
         """Forget the batch, and the gradients seen in it."""
@@ -187,19 +189,24 @@ class LET(Guidance[LETOptions]):
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std()
         normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
-        term = alignment_loss(
-            measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation
-        )
+        found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
         width = student.shape[-1] if self.options.resize == "teacher" else None
         self._sums.add(
-            usable=usable_tokens(student, states, mask),
-            targets=target_sum(states, mask, width=width, **normalisation),
+            usable=found.usable,
+            targets=target_sum(states, mask, width=width, inverse_norm=found.inverse_norm, **normalisation),
             features=self._statistics.sums(states, mask),
         )
-        return term
+        if self.options.weight == "auto":
+            assert self._teacher is not None
+            targets = state.batch["labels"].roll(-1, dims=1)
+            self._sums.add(teacher=sampled_loss(self._teacher.project, states, targets, mask))
+        return found.loss
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""
+        if self.options.weight == "auto":
+            assert self._tokens is not None
+            self._sums.add(student=self._tokens * language_model_loss(loss))
         return weight * term
 
     def gradients(self) -> dict[str, Tensor]:
@@ -212,8 +219,11 @@ class LET(Guidance[LETOptions]):
         self._statistics.update(sums["features"])
         tokens = float(sums["tokens"])
         model, term = sums["gradients"].sqrt().tolist()
-        self._balance.update(model, term / weight)
+        if weight:
+            self._balance.update(model, term / weight)
+        lead = self._learn_lead(sums, tokens) if self.options.weight == "auto" else {}
         return {
+            **lead,
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),
             "constant_cosine": float(torch.linalg.vector_norm(sums["targets"])) / max(tokens, 1.0),
             "usable": float(sums["usable"]) / tokens if tokens else 1.0,
@@ -222,12 +232,26 @@ class LET(Guidance[LETOptions]):
 
     def saved(self) -> dict[str, Any]:
         """The running statistics and norms."""
-        return {"statistics": self._statistics.state_dict(), "norms": self._balance.norms}
+        return {
+            "statistics": self._statistics.state_dict(),
+            "norms": self._balance.norms,
+            "lead": self._lead.nats,
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running statistics and norms."""
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
+        self._lead.nats = saved.get("lead")
+
+    def _learn_lead(self, sums: Mapping[str, Tensor], tokens: float) -> dict[str, float]:
+        loss, compared = sums["teacher"].tolist()
+        if not (tokens and compared):
+            return {}
+        self._lead.update(lead := float(sums["student"]) / tokens - loss / compared)
+        if self._lead.share == 0:
+            self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
+        return {"lead": lead}
 
     def _require_gradient(self, student: Tensor) -> None:
         if student.requires_grad:

@@ -69,7 +69,6 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     options_type: ClassVar[type[Options]]
     prefix: ClassVar[str]  # of metrics and hyperparameters
-    head: ClassVar[bool] = False  # whether the teacher's LM head is needed
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -94,6 +93,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
         raise NotImplementedError
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse a teacher that does not fit the student that was attached."""
 
     def detach(self) -> None:
         """Let go of the student and of what was kept of a batch. Called as often as may be."""
@@ -235,8 +237,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         try:
             with torch.random.fork_rng(devices=[]):
                 self._teacher = self._find_teacher(model, device)
+            self.check_teacher(self._teacher)
         except BaseException:
-            self.detach()
+            self.release()
             raise
         self._take_over(self._teacher.fingerprint)
         self.phase = Phase.GUIDING
@@ -259,7 +262,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         return load_teacher(
             self.options.teacher,
             _vocabulary(model),
-            head=self.head or any(other.head for other in same),
+            head=any(method.options.projected(1) for method in (self, *same)),
             device=device,
             **self.options.teacher_arguments(),
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from let_composer.annealing import Anneal, parse_stop
+from let_composer.balance import sampling_step
 from let_composer.loss import Implementation, Resize
 from let_composer.statistics import Normalize
 from let_composer.teacher import Placement
@@ -48,8 +49,12 @@ class Options:
         """Whether the run is not to be guided."""
         return self.weight == 0
 
+    def projected(self, tokens: int) -> int:
+        """How many tokens of a microbatch go through the teacher's LM head; if none do, it is not loaded."""
+        raise NotImplementedError
+
     def teacher_arguments(self) -> dict[str, Any]:
-        """What the teacher is loaded with, besides its name."""
+        """What the teacher is loaded with, besides its name and its head."""
         return {"layer": -1, "placement": "replicate", "trust_remote_code": self.trust_remote_code}
 
     def same_teacher(self, other: "Options") -> bool:
@@ -99,9 +104,18 @@ class LETOptions(Options):
                 "student_layer and teacher_layer count the blocks passed, from 1; 0 would be the embeddings, which see "
                 "no context."
             )
+        if self.weight == "auto" and self.teacher_layer != -1:
+            raise ValueError(
+                "weight: auto compares the teacher's predictions with the student's, so it needs the teacher's last "
+                f"layer. Got teacher_layer {self.teacher_layer}: leave it out, or give a number as the weight."
+            )
+
+    def projected(self, tokens: int) -> int:
+        """A sample, to know the teacher's lead, where the weight sets itself."""
+        return len(range(0, tokens, sampling_step(tokens))) if self.weight == "auto" else 0
 
     def teacher_arguments(self) -> dict[str, Any]:
-        """What the teacher is loaded with, besides its name."""
+        """What the teacher is loaded with, besides its name and its head."""
         return {**super().teacher_arguments(), "layer": self.teacher_layer, "placement": self.placement}
 
 
@@ -120,6 +134,10 @@ class RKDOptions(Options):
             raise ValueError(f"weight is the share of the distillation term, from 0 to 1, got {self.weight}.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and greater than 0, got {self.temperature}.")
+
+    def projected(self, tokens: int) -> int:
+        """All of them."""
+        return tokens
 
 
 def read_options(method: Any, arguments: Mapping[str, Any]) -> Options:

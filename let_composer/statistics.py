@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from let_composer.loss import feature_sums
+from let_composer.loss import Implementation, feature_sums
 
 __all__ = ["FeatureStatistics", "Normalize"]
 
@@ -27,10 +27,12 @@ class FeatureStatistics:
 
     Args:
         normalize: ``"none"`` keeps nothing, ``"center"`` the mean, ``"standardize"`` mean and deviation.
+        implementation: As in :func:`let_composer.loss.alignment_loss`. Default: ``"auto"``.
     """
 
-    def __init__(self, normalize: Normalize) -> None:
+    def __init__(self, normalize: Normalize, implementation: Implementation = "auto") -> None:
         self.normalize: Normalize = normalize
+        self._implementation: Implementation = implementation
         self._device = torch.device("cpu")
         self._moments: Tensor | None = None  # [3, D] fp64: number of tokens (repeated), mean, sum of squared deviations
 
@@ -55,7 +57,7 @@ class FeatureStatistics:
         if self.normalize == "none":
             return features.new_empty(0)
         shift = None if self._moments is None else self._moments[1].float()
-        return feature_sums(features, mask, shift)
+        return feature_sums(features, mask, shift, implementation=self._implementation)
 
     def update(self, sums: Tensor) -> None:
         """Merge one batch (Chan's parallel variance).

@@ -46,8 +46,9 @@ class Teacher:
             more for that. Default: ``True``.
 
     Attributes:
-        fingerprint: A short hash over the names, shapes and bits of all parameters, the head's included.
-        parameters: Number of parameters that every token is multiplied with, the head's included.
+        fingerprint: A short hash over the names, shapes and values of the body's parameters, the same on any device.
+        parameters: Number of parameters of the body that every token is multiplied with.
+        head_parameters: The same of the LM head, 0 where it was not kept.
         separates_documents: Whether :meth:`hidden` takes ``sequence_id``; known where it was checked.
 
     Raises:
@@ -95,11 +96,11 @@ class Teacher:
         self._head: list[Tensor | None] = []
         if output is not None:
             self._head = [output.weight.detach(), getattr(output, "bias", None)]
-        self.parameters = matmul_parameters(body) + sum(p.numel() for p in self._head if p is not None)
-        weights = (body,) if output is None else (body, output)
-        self.fingerprint = fingerprint(*weights)
+        self.parameters = matmul_parameters(body)
+        self.head_parameters = sum(p.numel() for p in self._head if p is not None)
+        self.fingerprint = fingerprint(body.named_parameters())
         if check and not cuda:
-            check_finite(name, *weights)
+            check_finite(name, *(m for m in (body, output) if m is not None))
             check_causal(self)
             if head:
                 check_head(self, model)
@@ -122,14 +123,9 @@ class Teacher:
         Raises:
             ValueError: If there is a ``sequence_id`` and this teacher cannot separate documents.
         """
-        sliding = getattr(self.body.config, "sliding_window", None)
-        if sequence_id is not None and (not self.separates_documents or (sliding or 2**62) < input_ids.shape[1]):
-            raise ValueError(
-                f"teacher {self.name!r} ({type(self.body).__name__}) cannot separate the documents of a packed row of "
-                f"{input_ids.shape[1]} tokens. Choose another teacher, or let documents attend across (attn_uses_"
-                "sequence_id: false)."
-            )
         batch, length = input_ids.shape
+        if sequence_id is not None:
+            self.require_separation(length)
         window = self.context or length
         if length <= window:
             return self._run(input_ids, attention_mask, sequence_id)
@@ -156,14 +152,30 @@ class Teacher:
         assert weight is not None
         return F.linear(hidden, weight, bias)
 
-    def flops(self, tokens: int, length: int) -> float:
+    def require_separation(self, length: int) -> None:
+        """Refuse to go on where documents in rows of ``length`` tokens are to be separated, and this teacher cannot.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        window = getattr(self.body.config, "sliding_window", None) or length
+        if not self.separates_documents or window < length:
+            raise ValueError(
+                f"teacher {self.name!r} ({type(self.body).__name__}) cannot separate the documents of a packed row of "
+                f"{length} tokens. Choose another teacher, or let documents attend across (attn_uses_sequence_id: "
+                "false)."
+            )
+
+    def flops(self, tokens: int, length: int, projected: int = 0) -> float:
         """FLOPs of a forward, counted as llm-foundry counts the student's for its MFU: matrices and full attention.
 
         Args:
             tokens: Number of token ids, padding included.
             length: Length of the sequences that they are in.
+            projected: How many of them go through the head as well. Default: ``0``.
         """
-        return tokens * (2.0 * self.parameters + self._attention * min(length, self.context or length))
+        body = tokens * (2.0 * self.parameters + self._attention * min(length, self.context or length))
+        return body + 2.0 * self.head_parameters * projected
 
     def shard(self) -> None:
         """Shard the parameters over the ranks of each node (FSDP2), moving block by block to the device.
@@ -285,7 +297,8 @@ def load_teacher(
     with dist.busy_wait_for_local_rank_zero(folder):
         fetch()
     teacher = everywhere(name, start)
-    found = dist.all_gather_object((teacher.fingerprint, teacher.separates_documents))
+    head_mark = fingerprint(("", p) for p in teacher._head if p is not None)
+    found = dist.all_gather_object((f"{teacher.fingerprint}-{head_mark}", teacher.separates_documents))
     check_same(name, [mark for mark, _ in found])
     teacher.separates_documents = any(can for _, can in found)
     if placement == "shard":

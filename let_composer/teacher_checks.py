@@ -1,6 +1,7 @@
 """What is required of a teacher before it runs, and the name of its weights. On the CPU, in fp32, with few tokens."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,25 +15,19 @@ __all__ = ["check_causal", "check_finite", "check_head", "fingerprint", "separat
 _LENGTH = 16  # of the sequences that are tried
 _CHUNK = 2**22  # elements that are summed at once
 _TOLERANCE = 1e-4  # of the largest value; fp32 in another order stays far below
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """A short hash over the names, shapes and bits of all parameters.
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """A short hash over names, shapes and values. These are rounded to bf16 first, as some devices hold them so.
 
     Args:
-        modules: Whose parameters, of any type. A parameter found twice counts once.
+        parameters: As from ``named_parameters()``.
     """
     content = hashlib.sha256()
-    seen = set()
-    for module in modules:
-        for name, p in module.named_parameters():
-            if id(p) in seen:
-                continue
-            seen.add(id(p))
-            bits = p.detach().reshape(-1).view(_BITS[p.element_size()])
-            sums = torch.stack([chunk.sum(dtype=torch.int64) for chunk in bits.split(_CHUNK)])
-            content.update(f"{name} {tuple(p.shape)} {sums.tolist()};".encode())
+    for name, p in parameters:
+        chunks = p.detach().reshape(-1).split(_CHUNK)
+        sums = torch.stack([c.to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64) for c in chunks])
+        content.update(f"{name} {tuple(p.shape)} {sums.tolist()};".encode())
     return content.hexdigest()[:12]
 
 

@@ -13,6 +13,7 @@ Not compared: Liger's cosine loss is a cosine of logits after both LM heads, in 
 
 import argparse
 import datetime
+import itertools
 import json
 import re
 import statistics
@@ -21,8 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -38,85 +42,96 @@ ROTATE = 512 * 2**20  # bytes to cycle through, several times the largest L2 cac
 # --- the compile report: what ptxas makes of the kernels, no GPU needed ---
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
-# Held by tests/test_kernels.py. Registers decide how many warps stay to hide latency: 128 leave 16 on a multiprocessor.
-MAX_REGISTERS = {"forward": 128, "backward": 64, "transposed": 96, "sum": 160}
-SM_100_EXTRA = 40  # newer compilers spend more there, without spilling
 
 
-def compile_report(pairs: list[str], architectures=ARCHITECTURES, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
-    """Compile the kernels that these width pairs would launch; one row per kernel, pair and architecture."""
+@contextmanager
+def compiling(architecture: int) -> Iterator[list]:
+    """Kernels are compiled for an architecture and collected where they would be launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    found, run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, **kwargs):
+        found.append((self, run(self, *args, **kwargs | {"warmup": True})))
+
+    device = {"device": architecture, "stream": 0, "target": GPUTarget("cuda", architecture, 32)}
+    functions: Any = SimpleNamespace(**{f"get_current_{name}": lambda *_, v=v: v for name, v in device.items()})
+    driver.set_active(functions)
+    triton.JITFunction.run = compile_only  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run = run
+        driver.reset_active()
+
+
+def compile_report(
+    pairs: list[str],
+    architectures: Sequence[int] = ARCHITECTURES,
+    dtype: torch.dtype = torch.bfloat16,
+    normalized: bool = False,
+) -> list[dict]:
+    """Compile what a guided step launches, for either side resized; one row per kernel, pair and architecture.
+
+    Args:
+        pairs: Widths, student/teacher.
+        architectures: Compute capabilities, times ten.
+        dtype: Of the student; the teacher is in bf16.
+        normalized: Whether the teacher's features are standardised.
+    """
     from let_composer.loss import kernels
 
-    pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     rows = []
-    for pair in pairs:
-        student, teacher = map(int, pair.split("/"))
-        for kind, kernel in (
-            ("forward", kernels._forward_kernel),
-            ("backward", kernels._backward_kernel),
-            ("transposed", kernels._backward_resized_kernel),
-            ("sum", kernels._target_sum_kernel),
-        ):
-            if kind == "transposed" and student == teacher:
-                continue
-            p = kernels.plan(kind, student, teacher, dtype.itemsize)
-            constants = {
-                "STUDENT": student, "TEACHER": teacher, "TARGET": student, "WINDOW": p.window, "TILES": p.tiles,
-                "R": p.R, "G": p.G, "V": p.V, "mean": None, "std": None,
-            }  # fmt: skip
-            types = {
-                "student": pointer, "teacher": pointer, "out": pointer, "mask": "*i1", "grad": "*fp32",
-                "saved": "*fp32", "partial": "*fp32", "count": "*i32",
-            }  # fmt: skip
-            for architecture in architectures:
-                report = _compile(kernel, constants, types, p.num_warps, architecture)
-                per_thread = p.R * p.G * p.V * dtype.itemsize // (16 * 32 * p.num_warps)
-                rows.append({"kernel": kind, "pair": pair, "sm": architecture, "tile": f"{p.R}x{p.G * p.V}"}
-                    | {"warps": p.num_warps, "taps": p.window, "wide_expected": per_thread} | report)  # fmt: skip
+    for pair, sm in itertools.product(pairs, architectures):
+        widths = [int(width) for width in pair.split("/")]
+        student, teacher = torch.ones(64, widths[0], dtype=dtype), torch.ones(64, widths[1], dtype=torch.bfloat16)
+        mean = torch.ones(widths[1]) if normalized else None
+        for resize in ("student", "teacher") if widths[0] != widths[1] else ("-",):
+            with compiling(sm) as found:
+                arguments = (student, teacher, torch.ones(64, dtype=torch.bool), mean, mean)
+                loss, saved, counts = kernels._forward(*arguments, resize == "student")
+                kernels._backward(loss, student, teacher, mean, mean, saved, counts, resize == "student")
+                if resize != "teacher":  # the same for both
+                    kernels._sums(teacher, saved[2], mean, mean, False)
+                    kernels._sums(teacher, saved[2], mean, None, True)
+            for kernel, compiled in found:
+                row = {"kernel": kernel.__name__.strip("_").removesuffix("_kernel"), "pair": pair, "resize": resize}
+                constants = {kernel.arg_names[i]: value for (i,), value in compiled.src.constants.items()}
+                tile = [str(constants[name]) for name in ("R", "G", "V", "C") if name in constants]
+                row |= {"sm": sm, "tile": "x".join(tile), "warps": compiled.metadata.num_warps}
+                rows.append(row | _inspect(compiled))
     return rows
 
 
-def _compile(kernel, constants: dict, types: dict, num_warps: int, architecture: int) -> dict:
+def _inspect(compiled) -> dict:
+    """Registers and the like from the binary; accesses of a thread to global memory, by bits, from the PTX."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name.endswith(("_outer", "_inner"))]
-    source = ASTSource(
-        kernel,
-        signature,
-        {name: value for name, value in constants.items() if name in names},
-        {(i,): [["tt.divisibility", 16]] for i in aligned},  # what the launcher finds for allocations and real widths
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
-    accesses = {}
-    for name, instruction in (("loads", "ld"), ("stores", "st")):
-        found = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", compiled.asm["ptx"])
-        accesses[name] = dict(sorted(Counter(int(vector or 1) * int(bits) for vector, bits in found).items()))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found is not None, usage
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [tool, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert found is not None, text
     registers, stack, shared, local = map(int, found.groups())
-    return {"registers": registers, "spilled": stack + local, "shared": shared} | accesses
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(\w[\w.]*)", text, re.MULTILINE)
+    row: dict[str, Any] = {"registers": registers, "spilled": stack + local, "shared": shared}
+    row |= {"instructions": len(opcodes) - opcodes.count("NOP")}
+    row |= {"barriers": sum(opcode.startswith("BAR") for opcode in opcodes)}
+    for name, instruction in (("loads", "ld"), ("stores", "st")):
+        accesses = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", compiled.asm["ptx"])
+        row[name] = dict(sorted(Counter(int(vector or 1) * int(bits) for vector, bits in accesses).items()))
+    return row
 
 
 def report_table(rows: list[dict]) -> str:
-    lines = [
-        "| kernel | student/teacher | sm | tile | warps | taps | registers | spilled | shared | loads | stores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     for row in rows:
-        loads, stores = (", ".join(f"{n}x{bits}" for bits, n in row[key].items()) for key in ("loads", "stores"))
-        lines.append(
-            f"| {row['kernel']} | {row['pair']} | {row['sm']} | {row['tile']} | {row['warps']} | {row['taps']} | "
-            f"{row['registers']} | {row['spilled']} B | {row['shared']} B | {loads} | {stores} |"
-        )
+        cells = row | {key: ", ".join(f"{n}x{bits}" for bits, n in row[key].items()) for key in ("loads", "stores")}
+        lines.append("| " + " | ".join(str(cell) for cell in cells.values()) + " |")
     return "\n".join(lines)
 
 
@@ -130,11 +145,15 @@ def compulsory_bytes(which: str, tokens: int, student: int, teacher: int, itemsi
     return tokens * {"forward": forward, "backward": backward, "both": forward + backward}[which]
 
 
+def eager_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return reference.alignment(student, teacher, mask)[0]
+
+
 def methods(names: list[str], implementation: Implementation) -> dict[str, Callable]:
     def ours(student, teacher, mask):
         return alignment_loss(student, teacher, mask, implementation=implementation)
 
-    eager = reference.alignment_loss
+    eager = eager_loss
     return {name: {"ours": ours, "eager": eager}.get(name) or torch.compile(eager) for name in names}
 
 
@@ -151,8 +170,8 @@ def gate(function: Callable, pair: str, dtype: torch.dtype, device: str) -> None
         loss = f(leaf, *states[1:], mask)
         return loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()
 
-    truth, truth_grad = run(reference.alignment_loss, student.double(), teacher.double())
-    eager, eager_grad = run(reference.alignment_loss, student, teacher)
+    truth, truth_grad = run(eager_loss, student.double(), teacher.double())
+    eager, eager_grad = run(eager_loss, student, teacher)
     loss, grad = run(function, student, teacher)
     error, allowed = (
         (grad - truth_grad).norm() / truth_grad.norm(),

@@ -1,14 +1,14 @@
 """What LET adds to a step: plain, guided and after-stop steps of one model in one process, taking turns.
 
     python scripts/benchmark_step.py yamls/let_1b4.yaml --gpu h100 --out runs/benchmark_step/1b4
-    python scripts/benchmark_step.py yamls/quickstart_let.yaml algorithms.let.teacher=EleutherAI/pythia-31m \
-        model.d_model=256 model.n_heads=4 model.n_layers=6 max_seq_len=256 global_train_batch_size=4 \
-        device_train_microbatch_size=4
+    python scripts/benchmark_step.py yamls/quickstart/baseline.yaml yamls/quickstart/let.yaml \
+        algorithms.let.teacher=EleutherAI/pythia-31m model.d_model=256 model.n_heads=4 model.n_layers=6 \
+        max_seq_len=256 global_train_batch_size=4 device_train_microbatch_size=4
 
 Each round trains without LET, and with it until and after its stop, a few steps each, through Composer's Trainer.
 Student and teacher have the shapes that the YAML names and random weights, the tokens are random: cost does not depend
 on them. The optimizer is plain SGD: in a real run a step of it is small against many microbatches, and a 7B model fits
-one card. Prints step time, tokens/s, peak memory and utilisation next to what plan.py expects, and writes OUT.json.
+one card. Prints step time, tokens/s, peak memory and utilisation next to what planning expects, and writes OUT.json.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from composer import Callback, DataSpec, Event, Logger, State, Trainer
 from llmfoundry.utils.builders import build_composer_model
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
-from plan import HARDWARE, Hardware, Plan, make_plan, teacher_config
 from torch.utils.data import DataLoader
-from train import load
 from transformers import AutoConfig, AutoModel
 
 from let_composer import LET
+from let_composer.configuration import load
+from let_composer.planning import HARDWARE, Hardware, Plan, make_plan, teacher_config
 
 __all__ = ["Measurement", "main", "measure", "table"]
 
@@ -78,7 +78,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> dic
     """Time the three kinds of steps of a training YAML.
 
     Args:
-        config: As :func:`train.load` reads it, with ``algorithms.let``.
+        config: As `let_composer.configuration.load` reads it, with ``algorithms.let``.
         rounds: How often the kinds take turns.
         steps: Steps of each kind in a round, warm-up included.
         warmup: Steps at the start of each turn that do not count.

@@ -4,7 +4,7 @@
 
 Each part is a program of its own with a time limit, and ends with the minutes; what it leaves in OUT is kept, and a
 part that has succeeded at this commit on this device is not run again. OUT/report.json and OUT/report.md are written
-after every part. The training needs the data that yamls/evidence_125m.yaml tells how to make.
+after every part. The training needs the data that yamls/evidence/evidence_125m.yaml tells how to make.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 __all__ = ["Part", "main", "parts", "run", "write_report"]
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "data" / "evidence" / "shards" / "manifest.json"  # of yamls/evidence_125m.yaml
+DATA = ROOT / "data" / "evidence" / "shards" / "manifest.json"  # of yamls/evidence/evidence_125m.yaml
 # Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
 PLAIN = ["variables.attention=torch", "variables.loss_fn=torch_crossentropy"]
 
@@ -67,7 +67,14 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float) -> list[Part]
     if not DATA.exists():
         return found
     # Last, because it fills whatever time is left: what has finished counts, the next call goes on with the others.
-    sweep = ["scripts/sweep.py", "yamls/evidence_125m.yaml", "--workers", "1", "--runs", str(out / "evidence-125m")]
+    sweep = [
+        "scripts/sweep.py",
+        "yamls/evidence/evidence_125m.yaml",
+        "--workers",
+        "1",
+        "--runs",
+        str(out / "evidence-125m"),
+    ]
     found.append(Part("evidence-125m", [*sweep, *(["variables.attention=flash"] if has_flash else [])], 3600))
     return found
 
@@ -120,7 +127,7 @@ def write_report(out: Path, results: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = parts) -> int:
     """Command line of the module's docstring; the number of parts that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h100", help="name in plan.py's table (default: h100)")
+    parser.add_argument("--gpu", default="h100", help="name in let-composer plan's table (default: h100)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_report"))
     parser.add_argument("--only", nargs="+", help="names of parts")
     parser.add_argument("--minutes", type=float, default=25, help="start no part after this (default: 25)")
@@ -141,7 +148,9 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     todo = plan(args.out, args.gpu, _has_flash(), memory)
     if not DATA.exists():
-        print(f"no training: there is no {DATA}. The first lines of yamls/evidence_125m.yaml say how to make it.")
+        print(
+            f"no training: there is no {DATA}. The first lines of yamls/evidence/evidence_125m.yaml say how to make it."
+        )
     if args.only:
         if unknown := set(args.only) - {part.name for part in todo}:
             parser.error(f"no parts {', '.join(sorted(unknown))}. There are {', '.join(part.name for part in todo)}.")

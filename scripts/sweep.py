@@ -1,9 +1,9 @@
 """Run the arms of an experiment, each with several seeds, and compare them.
 
-    python scripts/sweep.py yamls/evidence.yaml                          # everything that has not been run yet
-    python scripts/sweep.py yamls/evidence.yaml --only "strong-*" --seeds 17
-    python scripts/sweep.py yamls/evidence.yaml --list                   # what would run
-    python scripts/sweep.py yamls/evidence_125m.yaml --workers 1 variables.attention=flash     # settings for all runs
+    python scripts/sweep.py yamls/evidence/evidence.yaml                          # everything that has not been run yet
+    python scripts/sweep.py yamls/evidence/evidence.yaml --only "strong-*" --seeds 17
+    python scripts/sweep.py yamls/evidence/evidence.yaml --list                   # what would run
+    python scripts/sweep.py yamls/evidence/evidence_125m.yaml variables.attention=flash   # for all runs
 
 The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from
 the base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
@@ -35,8 +35,8 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-sys.path.insert(0, str(Path(__file__).parent))
-import compare  # noqa: E402
+from let_composer import comparing
+from let_composer.options import nearest
 
 __all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
 
@@ -98,6 +98,9 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
 
     Returns:
         The teachers that are needed, then the arms in the patterns' order, all of one seed before the next seed.
+
+    Raises:
+        ValueError: If a pattern matches no arm.
     """
 
     def job(arm: str, settings: Any, seed: int | None) -> Job:
@@ -111,10 +114,18 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
         needs = frozenset() if seed is None else frozenset(t for t in experiment.teachers if f"/{t}\n" in text)
         return Job(name, "" if seed is None else arm, config, needs)
 
-    chosen = dict.fromkeys(arm for pattern in only for arm in experiment.arms if fnmatch.fnmatch(arm, pattern))
+    chosen = dict.fromkeys(arm for pattern in only for arm in _matching(pattern, experiment.arms, "arm"))
     arms = [job(arm, experiment.arms[arm], seed) for seed in seeds or experiment.seeds for arm in chosen]
     needed = frozenset[str]().union(*(arm.needs for arm in arms))
     return [*(job(name, settings, None) for name, settings in experiment.teachers.items() if name in needed), *arms]
+
+
+def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
+    names = list(map(str, names))
+    if not (found := fnmatch.filter(names, pattern)):
+        near = nearest(pattern.strip("*"), names)
+        raise ValueError(f"no {what} matches {pattern!r}{near}. There are {', '.join(names)}.")
+    return found
 
 
 def _train(job: Job, runs: Path, threads: int) -> None:
@@ -188,7 +199,7 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
         only: Pattern of the tables' names.
     """
     runs = Path(experiment.runs)
-    read_run = functools.cache(compare.read_run)
+    read_run = functools.cache(comparing.read_run)
     sections: list[str] = []
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
@@ -202,10 +213,10 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
         sections += [f"## {name}", "", *_rows(done, runs, read_run), ""]
         if seeds := set.intersection(*(set(found) for found in done.values())):  # like with like
             shown = {label: [found[seed] for seed in sorted(seeds)] for label, found in done.items()}
-            folders = [f"{label}={runs / job.name}" for label in shown for job in shown[label]]
+            paths = {label: [runs / job.name for job in of] for label, of in shown.items()}
             teachers = _teachers(job for found in shown.values() for job in found)
-            teacher = ["--teacher", str(runs / next(iter(teachers)))] if len(teachers) == 1 else []
-            compare.main([*folders, *teacher, "--out", str(runs / name)])
+            teacher = runs / next(iter(teachers)) if len(teachers) == 1 else None
+            comparing.compare(paths, teacher, runs / name)
     if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
         draw(points, runs / "overview")
         sections = ["## overview", "", *_overview_table(points), "", *sections]
@@ -219,7 +230,7 @@ def _teachers(jobs: Iterable[Job]) -> frozenset[str]:
     return frozenset[str]().union(*(job.needs for job in jobs))
 
 
-def _rows(done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path], compare.Run]) -> list[str]:
+def _rows(done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path], comparing.Run]) -> list[str]:
     """One table of the report: label, seed and run of its arms, the baseline first."""
     baseline, plain = next(iter(done.items()))
     lines = [
@@ -231,7 +242,7 @@ def _rows(done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path]
         of = {arm: [read_run(runs / done[arm][seed].name) for seed in seeds] for arm in (baseline, label)}
         every = (job for arm in done.values() for job in arm.values())
         teachers = _teachers(every if label == baseline else found.values())
-        summary = compare.summarize(of, read_run(runs / next(iter(teachers))) if len(teachers) == 1 else None)
+        summary = comparing.summarize(of, read_run(runs / next(iter(teachers))) if len(teachers) == 1 else None)
         whole, own = (summary["arms"][i]["over_seeds"] for i in (0, -1))
         tokens = whole["tokens"]["mean"]
         gain, share = "", "100%"
@@ -284,11 +295,12 @@ def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
                 seeds = [seed for name, seed in done if name == arm and (baseline, seed) in done]
                 if not seeds:
                     continue
-                teacher = compare.read_run(runs / next(iter(done[arm, seeds[0]].needs)))
+                teacher = comparing.read_run(runs / next(iter(done[arm, seeds[0]].needs)))
                 found = {
-                    name: [compare.read_run(runs / done[name, seed].name) for seed in seeds] for name in (baseline, arm)
+                    name: [comparing.read_run(runs / done[name, seed].name) for seed in seeds]
+                    for name in (baseline, arm)
                 }
-                summary = compare.summarize(found, teacher)
+                summary = comparing.summarize(found, teacher)
                 plain, guided = (row["over_seeds"] for row in summary["arms"])
                 reached = guided["tokens_to_baseline_loss"]
                 points.append(
@@ -397,6 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     experiment = read(options.experiment, options.overrides, options.runs)
     runs = Path(experiment.runs)
     jobs = plan(experiment, options.seeds, options.only)
+    _matching(options.tables, [*experiment.tables, "overview"], "table")
     if options.list:
         for job in jobs:
             print(f"{'done   ' if job.done(runs) else 'waiting'} {job.name}")

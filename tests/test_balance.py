@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from transformers import LlamaForCausalLM
 
 from let_composer import LET, RKD, SALT, alignment_loss
-from let_composer.balance import GradientRatio, histogram, measured, stacking_weight
+from let_composer.balance import GradientRatio, Lead, histogram, measured, sampled_loss, stacking_weight
 from let_composer.teacher import Teacher
 
 
@@ -60,7 +60,36 @@ def test_the_share_is_the_one_under_which_the_mixture_predicts_best():
     assert stacking_weight(histogram(torch.zeros(9), torch.zeros(9).bool())) == 0.5
 
 
-def test_the_weight_of_the_second_batch_is_the_ratio_of_the_firsts_gradients(train, tokenizer, teacher_folder):
+def test_the_lead_is_a_share_of_the_perplexity():
+    lead = Lead()
+    assert lead.share == 1
+    lead.update(math.log(4))
+    assert lead.share == pytest.approx(3 / 4)
+    lead.update(math.nan)
+    lead.update(0.0)
+    assert lead.share == pytest.approx(1 - 4**-0.9)
+    for _ in range(20):
+        lead.update(-1.0)
+    assert lead.share == 0
+
+
+@pytest.mark.parametrize("length, step", [(5, 1), (1000, 3)])
+def test_a_loss_on_evenly_spaced_tokens(length, step):
+    torch.manual_seed(0)
+    states, head = torch.randn(3, length, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    targets, mask = torch.randint(12, (3, length)), torch.rand(3, length) > 0.3  # some beyond the vocabulary
+    targets[0, 0] = -100
+    label = targets.flatten()
+    chosen = [i for i in range(0, 3 * length, step) if mask.flatten()[i] and 0 <= label[i] < 9]
+    logs = (states.flatten(0, 1) @ head.T).log_softmax(-1)
+    total, count = sampled_loss(lambda x: x @ head.T, states, targets, mask).tolist()
+    assert count == len(chosen) > 1
+    assert total == pytest.approx(-sum(float(logs[i, label[i]]) for i in chosen), rel=1e-5)
+
+
+def test_the_weight_of_the_second_batch_is_the_ratio_of_the_firsts_gradients_times_the_lead(
+    train, tokenizer, teacher_folder
+):
     data = build_data(tokenizer, ragged=True)
     batch = next(iter(data.dataloader))
     trainer = train(LET(teacher_folder, stop="4ba", weight="auto"), data=data, device_train_microbatch_size=3)
@@ -72,7 +101,10 @@ def test_the_weight_of_the_second_batch_is_the_ratio_of_the_firsts_gradients(tra
     term = alignment_loss(seen[0], teacher.hidden(batch["input_ids"]), mask)
     norms = [torch.autograd.grad(loss, seen[0], retain_graph=True)[0].norm() for loss in (lm, term)]
     ratio = float(norms[0] / norms[1])
-    assert metrics(trainer, "let/weight")[:2] == pytest.approx([0.1, 0.75 * ratio], rel=1e-4)
+    logs = LlamaForCausalLM.from_pretrained(teacher_folder)(batch["input_ids"]).logits.log_softmax(-1)
+    theirs = -logs[:, :-1].gather(-1, batch["labels"][:, 1:, None].clamp(0))[mask[:, :-1]].mean()
+    assert metrics(trainer, "let/lead")[0] == pytest.approx(lead := float(lm - theirs), rel=1e-4)
+    assert metrics(trainer, "let/weight")[:2] == pytest.approx([0.1, 0.75 * ratio * (1 - math.exp(-lead))], rel=1e-4)
     assert metrics(trainer, "let/gradient_ratio")[0] == pytest.approx(0.1 / ratio, rel=1e-4)
 
 
@@ -91,13 +123,21 @@ def test_microbatches_do_not_matter_and_a_resumed_run_is_the_same(train, tokeniz
     assert_equal(parameters(whole), parameters(resumed))
 
 
-def test_a_teacher_with_nothing_to_give_is_released(train, tokenizer, teacher_folder, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "method, reason",
+    [
+        (RKD, "the teacher's share in the best mixture of both models has fallen to 0.0"),
+        (LET, "the student predicts as well as the teacher, which has nothing left to give"),
+    ],
+)
+def test_a_teacher_with_nothing_to_give_is_released(train, tokenizer, teacher_folder, tmp_path, caplog, method, reason):
     model = LlamaForCausalLM.from_pretrained(teacher_folder)
     model.lm_head.weight.data *= 1000  # sure of itself, and nearly always wrong
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    trainer = train(algorithm := RKD(str(tmp_path), weight="auto"))
-    assert metrics(trainer, "kd/active") == [1.0, 0.0]
+    trainer = train(algorithm := method(str(tmp_path), weight="auto"))
+    name = f"{method.prefix}/active"
+    assert metrics(trainer, name) == [1.0, 0.0]
     trainer.fit(duration="2ba")
-    assert metrics(trainer, "kd/active") == [1.0, 0.0] and algorithm.state_dict()["end"] == "1ba"
-    assert "RKD ends early: the teacher's share in the best mixture of both models has fallen to 0.0" in caplog.text
+    assert metrics(trainer, name) == [1.0, 0.0] and algorithm.state_dict()["end"] == "1ba"
+    assert f"{method.__name__} ends early: {reason}" in caplog.text

@@ -10,6 +10,8 @@ import yaml
 from mcli import RunConfig
 from omegaconf import OmegaConf as om
 
+from let_composer.configuration import load
+
 ROOT = Path(__file__).parents[1]
 CLOUD = ROOT / "yamls" / "cloud"
 
@@ -56,7 +58,7 @@ def test_the_mosaicml_run_has_the_schema_of_its_client(tmp_path):
 def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
     run = RunConfig.from_file(CLOUD / "mcli.yaml")
     (tmp_path / "parameters.yaml").write_text(yaml.safe_dump(run.parameters))
-    config = script.load(str(ROOT / "yamls" / "let_7b.yaml"), [str(tmp_path / "parameters.yaml"), "seed=18"])
+    config = load(str(ROOT / "yamls" / "let_7b.yaml"), [str(tmp_path / "parameters.yaml"), "seed=18"])
     assert config.train_loader.dataset.remote == "s3://your-bucket/pile-mds"
     assert config.save_folder == "s3://your-bucket/runs/let-7b/checkpoints"
     assert config.model.d_model == 4096 and config.seed == 18
@@ -65,25 +67,28 @@ def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
 
 def test_a_yaml_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no YAML at '/mnt/config/parameterz.yaml'"):
-        script.load(str(ROOT / "yamls" / "let_7b.yaml"), ["/mnt/config/parameterz.yaml"])
+        load(str(ROOT / "yamls" / "let_7b.yaml"), ["/mnt/config/parameterz.yaml"])
 
 
 def test_what_a_yaml_leaves_open_is_asked_for():
-    with pytest.raises(ValueError, match="let_7b.yaml leaves variables.data open.*variables.data=..."):
+    with pytest.raises(ValueError, match="let_7b.yaml leaves variables.data_local open.*variables.data_local=..."):
         script.main([str(ROOT / "yamls" / "let_7b.yaml")])
 
 
 @pytest.mark.parametrize("node", ["0", "1"])
 def test_slurm_starts_one_launcher_a_node(launched, node):
     found = launched(
-        ["bash", str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data=s3://bucket/a b"],
+        ["bash", str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"],
         SLURM_JOB_NODELIST="node-[a-b]",
         SLURM_JOB_ID="40007",
         SLURM_NNODES="2",
         SLURM_NODEID=node,
         SLURM_GPUS_ON_NODE="8",
     )
-    assert found[found.index("scripts/train.py") + 1 :] == ["yamls/let_7b.yaml", "variables.data=s3://bucket/a b"]
+    assert found[found.index("scripts/train.py") + 1 :] == [
+        "yamls/let_7b.yaml",
+        "variables.data_remote=s3://bucket/a b",
+    ]
     assert options(found) == {
         "--nproc": "8",
         "--world_size": "16",
@@ -105,6 +110,10 @@ def test_skypilot_starts_one_launcher_a_node(launched):
         DATA="s3://bucket/pile",
         RUNS="/runs",
     )
-    assert found[-3:] == ["yamls/let_7b.yaml", "variables.data=s3://bucket/pile", "variables.runs=/runs"]
+    assert found[-3:] == [
+        "variables.data_remote=s3://bucket/pile",
+        "variables.data_local=/tmp/pile-mds",
+        "variables.runs=/runs",
+    ]
     assert options(found)["--world_size"] == "32" and options(found)["--base_rank"] == "24"
     assert options(found)["--master_addr"] == "10.0.0.1"

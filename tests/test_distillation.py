@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-import train as script  # scripts/train.py
 from conftest import build_student, hf_student, metrics, parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from let_composer import LET, RKD, SALT
+from let_composer.configuration import check_names
 from let_composer.guidance import Guidance
 from let_composer.loss.distillation import compare_logits, distillation_loss
 from let_composer.teacher import Teacher
@@ -95,7 +95,7 @@ def test_weight_zero_is_bit_identical_to_no_algorithm(train, teacher_folder):
 
 
 def test_llm_foundry_finds_them():
-    script.check_names(["let", "rkd", "salt"])
+    check_names(["let", "rkd", "salt"])
     assert issubclass(SALT, Guidance) and not issubclass(RKD, LET)
 
 

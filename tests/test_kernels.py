@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
     # The interpreter hands one-element arrays to NumPy as scalars; NumPy warns where a GPU silently makes inf or NaN.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # Dynamo itself does, in 2.7
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 
@@ -47,6 +48,14 @@ def states(tokens, width: int, dtype: torch.dtype, device: str, seed: int = 0) -
     return torch.randn(*tokens, width, generator=generator).to(dtype).to(device)
 
 
+def reference_loss(*arguments, **options) -> Tensor:
+    return reference.alignment(*arguments, **options)[0]
+
+
+def kernels_loss(*arguments, **options) -> Tensor:
+    return kernels.alignment(*arguments, **options)[0]
+
+
 def gradient(function, student: Tensor, upstream: float) -> tuple[Tensor, Tensor]:
     student = student.detach().requires_grad_()
     loss = function(student)
@@ -62,9 +71,9 @@ def check(student, teacher, mask=None, *, mean=None, std=None, resize="teacher",
     def run(function, student, teacher):
         return gradient(lambda s: function(s, teacher, mask, mean, std, resize), student, upstream)
 
-    truth, truth_grad = run(reference.alignment_loss, student.double(), teacher.double())
-    eager, eager_grad = run(reference.alignment_loss, student, teacher)
-    loss, grad = run(kernels.alignment_loss, student, teacher)
+    truth, truth_grad = run(reference_loss, student.double(), teacher.double())
+    eager, eager_grad = run(reference_loss, student, teacher)
+    loss, grad = run(kernels_loss, student, teacher)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert grad.dtype == student.dtype and grad.shape == student.shape
     loss_slack, grad_slack = SLACK[student.dtype]
@@ -83,6 +92,14 @@ def check(student, teacher, mask=None, *, mean=None, std=None, resize="teacher",
     expected = reference.target_sum(teacher.double(), mask, width, mean, std)
     actual = kernels.target_sum(teacher, mask, width, mean, std)
     assert actual.dtype == torch.float32 and actual.shape == (width,)
+    found, truth = (
+        f.alignment(student.double() if f is reference else student, teacher, mask, mean, std, resize)
+        for f in (kernels, reference)
+    )
+    assert found[1] == truth[1] and torch.equal(found[2] > 0, truth[2] > 0)
+    if resize == "teacher" or teacher.shape[-1] == width:
+        again = kernels.target_sum(teacher, mask, width, mean, std, found[2])
+        torch.testing.assert_close(again.double(), expected, rtol=1e-5, atol=1e-5 * (mask.sum().item() + 1) ** 0.5)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5 * (mask.sum().item() + 1) ** 0.5)
     return loss, grad
 
@@ -156,14 +173,14 @@ def test_rows_without_a_direction(device, dtype, widths, resize):
     if resize == "teacher" and widths != (24, 64):  # a skipped input of a wide teacher is not seen, by neither of both
         _, grad = check(student, teacher, mask)
         assert (grad[:7] == 0).all() and (grad[7] != 0).any()
-    expected = gradient(lambda s: reference.alignment_loss(s, teacher, mask, resize=resize), student, 1.0)
-    actual = gradient(lambda s: kernels.alignment_loss(s, teacher, mask, resize=resize), student, 1.0)
+    expected = gradient(lambda s: reference_loss(s, teacher, mask, resize=resize), student, 1.0)
+    actual = gradient(lambda s: kernels_loss(s, teacher, mask, resize=resize), student, 1.0)
     torch.testing.assert_close(actual, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 
 
 @on_device
 @pytest.mark.parametrize("widths", [(64, 64), (64, 24)])
-@pytest.mark.parametrize("scales", [(1e37, 1e37), (1e30, 1e-4), (1e-4, 1e30), (1e-5, 1e-5), (1e19, 1.0)])
+@pytest.mark.parametrize("scales", [(1e37, 1e37), (1e30, 1e-4), (1e-4, 1e30), (1e-5, 1e-5), (1e18, 1.0)])
 def test_huge_and_tiny_norms(device, scales, widths):
     for dtype in (torch.bfloat16, torch.float32):
         student = states((5,), widths[0], torch.float32, device, 1).mul(scales[0]).to(dtype)
@@ -176,10 +193,28 @@ def test_huge_and_tiny_norms(device, scales, widths):
 
 
 @on_device
+@pytest.mark.parametrize("shape", [(0, 24), (5, 24), (3, 50, 300), (200, 2048)])
+def test_feature_sums(device, shape):
+    for dtype, offset in ((torch.bfloat16, 30.0), (torch.float32, 3e3)):  # a deviation that is small beside the mean
+        teacher = (states(shape[:-1], shape[-1], torch.float32, device) + offset).to(dtype)
+        mask = (torch.rand(shape[:-1], generator=torch.Generator().manual_seed(0)) < 0.8).to(device)
+        if len(shape) > 2:
+            teacher[1, 3, 4], teacher[1, 7, 0], mask[0, 0] = torch.nan, torch.inf, False
+        for shift in (None, torch.full(shape[-1:], offset, device=device)):
+            found, truth = (f.feature_sums(teacher, mask, shift) for f in (kernels, reference))
+            assert found.dtype == torch.float64 and found[0] == truth[0]
+
+            means = [(moments[1:] / truth[0].clamp(min=1)).view(2, -1) for moments in (found, truth)]
+            variances = [squares - mean.square() for mean, squares in means]
+            torch.testing.assert_close(*variances, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[1:], truth[1:], rtol=1e-6, atol=1e-2)
+
+
+@on_device
 def test_identical_states_have_no_gradient(device):
     student = states((6,), 96, torch.bfloat16, device)
     loss, grad = gradient(
-        lambda s: kernels.alignment_loss(s, student, torch.ones(6, dtype=torch.bool, device=device)), student, 1.0
+        lambda s: kernels_loss(s, student, torch.ones(6, dtype=torch.bool, device=device)), student, 1.0
     )
     torch.testing.assert_close(loss.item(), -1.0)
     assert grad.abs().max() < 1e-6
@@ -223,7 +258,7 @@ def test_twice_in_one_graph(device):
         total = f(student, first, mask) * 3 + f(student * 2, second, ~mask) ** 2
         return torch.autograd.grad(total, student)[0]
 
-    torch.testing.assert_close(run(kernels.alignment_loss), run(reference.alignment_loss), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(run(kernels_loss), run(reference_loss), rtol=1e-4, atol=1e-6)
 
 
 @on_device
@@ -234,7 +269,7 @@ def test_every_output_is_written_and_reruns_agree_bitwise(device, teacher_width)
     mask = torch.rand(9, generator=torch.Generator().manual_seed(0)).to(device) < 0.5
 
     def run(resize):
-        loss = gradient(lambda s: kernels.alignment_loss(s, teacher, mask, resize=resize), student, 1.0)
+        loss = gradient(lambda s: kernels_loss(s, teacher, mask, resize=resize), student, 1.0)
         return *loss, kernels.target_sum(teacher, mask, 64)
 
     before = torch.are_deterministic_algorithms_enabled()
@@ -257,9 +292,9 @@ def test_at_most_12_bytes_per_token_are_saved(device):
     mine = {student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        kernels.alignment_loss(student, teacher, mask)
+        kernels_loss(student, teacher, mask)
     extra = sum(x.numel() * x.element_size() for x in saved if x.untyped_storage().data_ptr() not in mine)
-    assert len(saved) > 0 and extra <= 12 * 50 + 4
+    assert len(saved) > 0 and extra <= 12 * 50 + 8
 
 
 @on_device
@@ -269,15 +304,16 @@ def test_registered_like_any_op(device, resize_student):
     mask = torch.ones(2, 2, dtype=torch.bool, device=device)
     mean = teacher[0, 0].clone()
     ops: Any = torch.ops.let_composer
-    loss, saved, count = ops.alignment_loss(student, teacher, mask, mean, None, resize_student)
+    loss, saved, counts = ops.alignment_loss(student, teacher, mask, mean, None, resize_student)
     for op, arguments in (
         (ops.alignment_loss, (student.clone().requires_grad_(), teacher, mask, mean, None, resize_student)),
         (
             ops.alignment_loss,
             (student[:, 1:].requires_grad_(), teacher[:, 1:], mask[:, 1:], None, None, resize_student),
         ),
-        (ops.alignment_loss_backward, (loss, student, teacher, mean, None, saved, count, resize_student)),
-        (ops.target_sum, (teacher, mask, 24, mean, None)),
+        (ops.alignment_loss_backward, (loss, student, teacher, mean, None, saved, counts, resize_student)),
+        (ops.weighted_sums, (teacher, saved[2], mean, None, True)),
+        (ops.weighted_sums, (teacher[:, 1:], saved[2, :2], None, None, False)),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -345,8 +381,8 @@ def test_widest_rows(device):
 def test_the_door_chooses_the_kernels(device, monkeypatch):
     student, teacher = states((4,), 32, torch.bfloat16, device), states((4,), 32, torch.bfloat16, device, 1)
     called = []
-    original = kernels.alignment_loss
-    monkeypatch.setattr(kernels, "alignment_loss", lambda *args: called.append(1) or original(*args))
+    original = kernels.alignment
+    monkeypatch.setattr(kernels, "alignment", lambda *args: called.append(1) or original(*args))
     alignment_loss(student, teacher)
     assert len(called) == (device == "cuda")
     alignment_loss(student, teacher, implementation="triton")
@@ -401,7 +437,7 @@ def test_benchmark(device, tmp_path):
 @on_device
 def test_benchmark_refuses_to_time_a_wrong_result(device, tmp_path, monkeypatch):
     module = benchmark_loss()
-    monkeypatch.setattr(module, "alignment_loss", lambda s, t, mask, **_: 1.01 * reference.alignment_loss(s, t, mask))
+    monkeypatch.setattr(module, "alignment_loss", lambda s, t, mask, **_: 1.01 * reference_loss(s, t, mask))
     with pytest.raises(SystemExit, match="nothing was timed"):
         module.main(f"--device {device} --methods ours --pairs 64/64 --tokens 2 --out {tmp_path / 'x'}".split())
     assert not (tmp_path / "x").exists()
@@ -420,28 +456,44 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+# What ptxas makes of a guided step's launches: most registers and barriers of a kernel in Triton 3.3. Registers decide
+# how many warps stay to hide latency: 96 leave 20 on a multiprocessor, 64 leave 32.
+MOST = {"forward": (96, 0), "mean": (60, 8), "backward": (80, 0), "backward_resized": (64, 0), "sums": (64, 12)}
+
+
 @compiled_only
-@pytest.mark.parametrize("pair", ["2048/2048", "2048/768", "2048/576", "4096/2048", "768/128"])
-def test_compiled_kernels(pair):
+@pytest.mark.parametrize(
+    ("pair", "options"),
+    [
+        ("2048/2048", {}),
+        ("2048/768", {}),
+        ("4096/2048", {}),
+        ("768/2048", {}),
+        ("64/8192", {}),
+        ("8192/64", {}),
+        ("2048/768", {"normalized": True}),
+        ("2048/768", {"dtype": torch.float32}),
+    ],
+)
+def test_compiled_kernels(pair, options):
     module = benchmark_loss()
-    rows = module.compile_report([pair])
+    rows = module.compile_report([pair], **options)
     assert {row["sm"] for row in rows} == {80, 90, 100}
     student, teacher = map(int, pair.split("/"))
+    sides = ["-"] if student == teacher else ["student", "teacher"]
+    assert {row["resize"] for row in rows} == set(sides) and {row["kernel"] for row in rows} <= MOST.keys()
     for row in rows:
-        assert row["spilled"] == 0, row
-        extra = module.SM_100_EXTRA if row["sm"] == 100 else 0
-        assert row["registers"] <= module.MAX_REGISTERS[row["kernel"]] + extra, row
-        wide = row["wide_expected"]  # 128-bit accesses of a thread to its part of a tile
-        if row["kernel"] in ("forward", "backward"):
-            # Only the taps of a resized teacher, and the few numbers of a row, are read in less than 128 bits.
-            assert row["loads"].get(128, 0) >= wide * (2 if student == teacher else 1), row
-            assert student != teacher or 16 not in row["loads"], row
-        if row["kernel"] != "forward":
+        registers, barriers = MOST[row["kernel"]]
+        assert row["spilled"] == 0 and row["registers"] <= registers and row["barriers"] <= barriers, row
+        if row["kernel"].startswith("backward"):
             assert set(row["stores"]) == {128}, row
-        if row["kernel"] == "backward":
-            assert row["stores"][128] == wide, row
-    table = module.report_table(rows)
-    assert len(table.splitlines()) == 2 + len(rows)
+        # Whole rows are read in 128 bits, and so is the side that is not resized; but going down to the width of the
+        # other, each lane reads two taps and one column: with eight columns its taps would meet in few banks.
+        if (row["kernel"], row["resize"]) in (("forward", "teacher"), ("backward", "teacher"), ("sums", "student")):
+            assert row["loads"].get(128, 0) > 0 or student < teacher, row
+        if row["resize"] == "-" and row["kernel"] in ("forward", "backward"):
+            assert 128 in row["loads"] and 16 not in row["loads"], row
+    assert len(module.report_table(rows).splitlines()) == 2 + len(rows)
 
 
 @compiled_only

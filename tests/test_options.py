@@ -25,6 +25,11 @@ from let_composer.options import read_options
         ({"resize": "both"}, ValueError, "resize must be one of teacher, student"),
         ({"normalize_teacher": True}, ValueError, "normalize_teacher must be one of none, center, standardize"),
         ({"placement": "cpu"}, ValueError, "placement must be one of replicate, shard"),
+        (
+            {"weight": "auto", "teacher_layer": 1},
+            ValueError,
+            "auto .* needs the teacher's last layer. Got teacher_layer 1",
+        ),
         ({"implementation": "cuda"}, ValueError, "implementation must be one of auto, triton, torch"),
         ({"trust_remote_code": "no"}, TypeError, "trust_remote_code must be true or false"),
     ],

@@ -51,6 +51,10 @@ def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experime
     assert [job.arm for job in jobs] == ["", "plain", "guided", "plain", "guided"]
     assert [sorted(job.needs) for job in jobs[:3]] == [[], [], ["small"]]
     assert [job.name for job in sweep.plan(experiment, [9], ["pl*"])] == ["plain-s9"]
+    with pytest.raises(ValueError, match=r"no arm matches 'plane\*' .did you mean 'plain'.*There are"):
+        sweep.plan(experiment, only=["plane*"])
+    with pytest.raises(ValueError, match="no table matches 'nosuch'"):
+        sweep.main(["experiment.yaml", "--tables", "nosuch", "--list"])
 
 
 def test_settings_and_folder_from_the_command_line(experiment):
@@ -62,7 +66,7 @@ def test_settings_and_folder_from_the_command_line(experiment):
 
 def curve(name, *losses):
     tokens = np.arange(1, len(losses) + 1) * 10.0
-    return sweep.compare.Run(name, (tokens, np.array(losses)), (tokens, tokens), {}, None, None, None)
+    return sweep.comparing.Run(name, "loss", (tokens, np.array(losses)), (tokens, tokens), (tokens, tokens))
 
 
 def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experiment, monkeypatch):
@@ -86,8 +90,8 @@ def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experi
         if job.name in losses:
             (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
     called = []
-    monkeypatch.setattr(sweep.compare, "read_run", lambda path: curve(path.name, *losses[path.name]))
-    monkeypatch.setattr(sweep.compare, "main", called.append)
+    monkeypatch.setattr(sweep.comparing, "read_run", lambda path: curve(path.name, *losses[path.name]))
+    monkeypatch.setattr(sweep.comparing, "compare", lambda *arguments: called.append(arguments))
     monkeypatch.setattr(sweep, "overview", lambda *_: [])
     sweep.tables(experiment, jobs)
     report = (runs / "report.md").read_text()
@@ -100,8 +104,8 @@ def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experi
     ]
     assert second.strip().splitlines()[3] == "| plain | 2 | 3.500 (3.000..4.000) | -1.000 | never |  |"
     arms = {"plain": "plain", "with LET": "guided", "worse": "late"}
-    folders = [f"{label}={runs / arm}-s4" for label, arm in arms.items()]
-    assert called[0] == [*folders, "--teacher", str(runs / "small"), "--out", str(runs / "one")]
+    paths = {label: [runs / f"{arm}-s4"] for label, arm in arms.items()}
+    assert called[0] == (paths, runs / "small", runs / "one")
     (runs / "plain-s3.done").unlink()
     (runs / "plain-s4.done").unlink()
     called.clear()
@@ -118,7 +122,7 @@ def test_the_overview_sets_what_an_arm_saves_against_the_lead_of_its_teacher(exp
     for job in jobs:
         if job.config.get("seed") != 4 or job.arm == "plain":  # the second seed of the arms is still to come
             (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
-    monkeypatch.setattr(sweep.compare, "read_run", lambda path: curve(path.name, *losses[path.name.split("-")[0]]))
+    monkeypatch.setattr(sweep.comparing, "read_run", lambda path: curve(path.name, *losses[path.name.split("-")[0]]))
     guided, worse = sweep.overview(experiment, jobs)
     assert (guided.method, guided.arm, guided.seeds) == ("LET", "guided", 1)
     assert guided.lead == worse.lead == pytest.approx(1.0)
@@ -156,11 +160,11 @@ def test_mistakes_are_found_before_anything_runs(experiment, change, message):
         sweep.read("wrong.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("evidence*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls" / "evidence").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_experiments_here_are_whole(path):
     """Every arm takes what its algorithms take, and compares with a teacher that the file trains."""
     experiment = sweep.read(path)
-    for job in sweep.plan(experiment):
+    for job in sweep.plan(experiment, [17]):
         algorithms = om.to_container(job.config.algorithms, resolve=True)
         assert isinstance(algorithms, dict)
         for name, options in algorithms.items():

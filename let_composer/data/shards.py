@@ -35,7 +35,7 @@ __all__ = [
     "write_shards",
 ]
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "val")
 HASH = "xxh128"
 
 

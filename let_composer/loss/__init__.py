@@ -5,17 +5,25 @@ Nothing in this package imports Composer.
 
 import functools
 import warnings
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from let_composer.loss import reference
 
-__all__ = ["Implementation", "Resize", "alignment_loss", "feature_sums", "target_sum", "usable_tokens"]
+__all__ = ["Alignment", "Implementation", "Resize", "alignment", "alignment_loss", "feature_sums", "target_sum"]
 
 Resize = Literal["teacher", "student"]
 Implementation = Literal["auto", "triton", "torch"]
+
+
+class Alignment(NamedTuple):
+    """What one pass over the states finds. Nothing of it is on the host."""
+
+    loss: Tensor  # scalar, see :func:`alignment_loss`; the only part with a gradient
+    usable: Tensor  # scalar: tokens of the mask whose rows had a direction on both sides
+    inverse_norm: Tensor  # [...]: 1 / |target row|, 0 where it has no direction or does not count; for target_sum
 
 
 def alignment_loss(
@@ -52,6 +60,28 @@ def alignment_loss(
     Raises:
         ValueError: If shapes or options do not fit, or the teacher requires a gradient.
     """
+    return alignment(
+        student,
+        teacher,
+        mask,
+        teacher_mean=teacher_mean,
+        teacher_std=teacher_std,
+        resize=resize,
+        implementation=implementation,
+    ).loss
+
+
+def alignment(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    teacher_mean: Tensor | None = None,
+    teacher_std: Tensor | None = None,
+    resize: Resize = "student",
+    implementation: Implementation = "auto",
+) -> Alignment:
+    """:func:`alignment_loss`, and what it found out on the way; arguments and errors are the same."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student and teacher must agree in all but the last dimension, got {list(student.shape)} and "
@@ -65,8 +95,8 @@ def alignment_loss(
     _check_option("resize", resize, Resize)
     mask = _checked_mask(mask, teacher)
     _check_statistics(teacher, teacher_mean, teacher_std)
-    function = _implementation(implementation, student, teacher, teacher_mean, teacher_std).alignment_loss
-    return function(student, teacher, mask, teacher_mean, teacher_std, resize)
+    function = _implementation(implementation, student, teacher, teacher_mean, teacher_std).alignment
+    return Alignment(*function(student, teacher, mask, teacher_mean, teacher_std, resize))
 
 
 def target_sum(
@@ -76,6 +106,7 @@ def target_sum(
     width: int | None = None,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
+    inverse_norm: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Sum of the unit target vectors, the diagnostic beside the cosine.
@@ -88,6 +119,8 @@ def target_sum(
         width: The width in which cosines are taken: ``D_s`` when the teacher is resized. Default: ``None``, ``D_t``.
         teacher_mean: As in :func:`alignment_loss`. Default: ``None``.
         teacher_std: As in :func:`alignment_loss`. Default: ``None``.
+        inverse_norm: Of :func:`alignment` for the same teacher, mask and statistics, taken in ``width``; saves a pass
+            over the states. Default: ``None``, found here.
         implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
 
     Returns:
@@ -95,39 +128,39 @@ def target_sum(
     """
     mask = _checked_mask(mask, teacher)
     _check_statistics(teacher, teacher_mean, teacher_std)
+    if inverse_norm is not None and inverse_norm.shape != teacher.shape[:-1]:
+        raise ValueError(
+            f"inverse_norm must have shape {list(teacher.shape[:-1])}, one value per token, got "
+            f"{list(inverse_norm.shape)}."
+        )
+    width = teacher.shape[-1] if width is None else width
     function = _implementation(implementation, teacher, teacher_mean, teacher_std).target_sum
-    return function(teacher.detach(), mask, teacher.shape[-1] if width is None else width, teacher_mean, teacher_std)
+    return function(teacher.detach(), mask, width, teacher_mean, teacher_std, inverse_norm)
 
 
-def usable_tokens(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Number of tokens whose rows have a direction on both sides: finite, and not shorter than ``EPSILON``.
-
-    Args:
-        student: ``[..., D_s]``.
-        teacher: ``[..., D_t]``.
-        mask: The tokens that count, boolean ``[...]``.
-
-    Returns:
-        A scalar on the device.
-    """
-    norms = [torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32) for x in (student, teacher)]
-    directed = [torch.isfinite(norm) & (norm >= reference.EPSILON) for norm in norms]
-    return (directed[0] & directed[1] & mask).sum()
-
-
-def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Count, sums and sums of squares of every feature, in fp64, for a running mean and deviation.
+def feature_sums(
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Count, sums and sums of squares of every feature, for a running mean and deviation.
 
     Args:
         teacher: Hidden states of the teacher, ``[..., D_t]``. Rows that are not finite are left out.
-        mask: The tokens that count, boolean ``[...]``.
+        mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
         shift: Subtracted from every row first, ``[D_t]``; near the mean it keeps the sums small. Default: ``None``.
+        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
 
     Returns:
-        ``[1 + 2 * D_t]``, without a gradient: the number of rows, ``sum(t - shift)``, ``sum((t - shift)^2)``.
+        ``[1 + 2 * D_t]`` in fp64, without a gradient: the number of rows, ``sum(t - shift)``, ``sum((t - shift)^2)``.
+        Without a shift the kernels sum around a row of the batch and move the result in fp64, so that a deviation
+        that is small beside the mean survives.
     """
+    mask = _checked_mask(mask, teacher)
     _check_statistics(teacher, shift, None)
-    return reference.feature_sums(teacher.detach(), mask, shift)
+    return _implementation(implementation, teacher, shift).feature_sums(teacher.detach(), mask, shift)
 
 
 def _check_option(name: str, value: str, options: object) -> None:

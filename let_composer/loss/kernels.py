@@ -12,11 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from let_composer.loss.reference import EPSILON
+from let_composer.loss.reference import EPSILON, resize_features
 
-__all__ = ["INTERPRETED", "MAX_WIDTH", "Plan", "alignment_loss", "plan", "target_sum", "try_kernels", "unsupported"]
+__all__ = [
+    "INTERPRETED",
+    "MAX_WIDTH",
+    "Plan",
+    "alignment",
+    "feature_sums",
+    "plan",
+    "target_sum",
+    "try_kernels",
+    "unsupported",
+]
 
 MAX_WIDTH = 16384
+MEAN_BLOCK, MEAN_WARPS = 4096, 16
+SUMS_TILE = 1024  # elements of a tile of four warps: a 128-bit load of each thread in bf16
 
 # A program holds a tile [M, V] of R rows: M = R * G groups, V neighbouring columns that one thread moves in one 128-bit
 # access. N tokens, D the width in which cosines are taken; the other side is resized to it.
@@ -24,31 +36,21 @@ MAX_WIDTH = 16384
 #   l = -<s, t> / (|s||t|)        L = sum over mask of l / tokens in mask
 #   dL/ds = -g / (n |s|) (t / |t| - cos s / |s|)        saved per token: cos, 1/|s|, 1/|t| (0: no direction)
 #
+# Masks: "used" is a row that counts and has a direction, "inside" an element that is read or written.
+#
 # Resizing. Output column c sits at input coordinate x = ((2c + 1) W - D) / 2D, an exact fraction; it takes input j with
 # the hat weight max(0, 1 - |x - j|). Going up, the V columns of a group share a window of few inputs (4 to 6 if V = 8),
 # read once per group and spread in registers. Clamping the index replicates the edge, which equals clamping x. Going
 # down, V is 1 and the window is the two taps.
-#
-# What else was compiled for one forward row of 2048 from 768 in bf16 (Triton 3.3, sm_90, sums only), by instructions
-# that a warp issues and accesses to memory, shared memory and other lanes among them:
-#   this window                               852    66    student loads 128-bit, 40 scalar taps, no spills
-#   two taps gathered for each column       1,763   169    student loads 128-bit, 128 scalar taps, no spills
-#   teacher row in registers and tl.gather 12,151 4,403    all loads 128-bit, spills; with 4 warps the compiler fails
-#   band matrix on tensor cores, 64 rows    1,189   308    all loads 128-bit, spills, and weights rounded to bf16
-
-
-@triton.jit
-def _offset(row, length, stride_outer, stride_inner):
-    # Divided in 32 bits, multiplied in 64.
-    return (row // length).to(tl.int64) * stride_outer + (row % length).to(tl.int64) * stride_inner
 
 
 @triton.jit
 def _columns(groups, V: tl.constexpr):
-    return groups[:, None] * V + tl.arange(0, V)[None, :]  # [M, V]
+    return groups * V + tl.arange(0, V)[None, :]  # [M, V]
 
 
-# The loads below take the start of a row and whether it counts, each a scalar or [M, 1], and the groups [M] to read.
+# The loads below take the start of a row and whether it is used, each a scalar or [M, 1], and the groups [M, 1] to
+# read: a load of this shape keeps the layout of the [M, V] tile.
 
 
 @triton.jit
@@ -61,9 +63,9 @@ def _normalized(x, columns, mean, std, inside):
 
 
 @triton.jit
-def _load_direct(row, live, groups, mean, std, WIDTH: tl.constexpr, V: tl.constexpr):
+def _load_direct(row, used, groups, mean, std, WIDTH: tl.constexpr, V: tl.constexpr):
     columns = _columns(groups, V)
-    inside = live & (columns < WIDTH)
+    inside = used & (columns < WIDTH)
     x = _normalized(tl.load(row + columns, mask=inside, other=0.0).to(tl.float32), columns, mean, std, inside)
     if mean is not None:
         x = tl.where(inside, x, 0.0)
@@ -80,11 +82,10 @@ def _coordinate(column, WIDTH: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _load_resized(
-    row, live, groups, mean, std,
+    row, used, groups, mean, std,
     WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    groups = groups[:, None]  # [M, 1] from here: a load of this shape keeps the layout of the [M, V] tile
-    inside = live & (groups * V < TARGET)
+    inside = used & (groups * V < TARGET)
     if (32 * V * WIDTH) % TARGET == 0:
         # The pattern repeats every 32 groups, so the lanes of a warp keep their weights over all tiles and rows.
         base, x = _coordinate(groups % 32 * V, WIDTH, TARGET)
@@ -98,224 +99,189 @@ def _load_resized(
         value = _normalized(tl.load(row + index, mask=inside, other=0.0).to(tl.float32), index, mean, std, inside)
         out += tl.maximum(1.0 - tl.abs(x - tap), 0.0) * value
     if TARGET % V != 0:
-        out = tl.where(groups * V + tl.arange(0, V)[None, :] < TARGET, out, 0.0)
+        out = tl.where(_columns(groups, V) < TARGET, out, 0.0)
     return out  # [M, V]
 
 
 @triton.jit
 def _load(
-    row, live, groups, mean, std,
+    row, used, groups, mean, std,
     WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     if WIDTH == TARGET:
-        x = _load_direct(row, live, groups, mean, std, WIDTH, V)
+        x = _load_direct(row, used, groups, mean, std, WIDTH, V)
     else:
-        x = _load_resized(row, live, groups, mean, std, WIDTH, TARGET, WINDOW, M, V)
+        x = _load_resized(row, used, groups, mean, std, WIDTH, TARGET, WINDOW, M, V)
     return x
 
 
-# Squares of a row overflow beyond a norm of 2^64. Such rows are summed again after an exact multiplication with 2^-72,
-# which brings every finite row of up to MAX_WIDTH columns into range; only infinities and NaNs remain.
-_SHRINK = tl.constexpr(2.0**-72)
-_INFINITY = tl.constexpr(float("inf"))
-_EPSILON = tl.constexpr(EPSILON)
-
-
 @triton.jit
-def _inverse_norm(squares, scale):
-    """Inverse norm of the scaled row, 0 for a row without a direction."""
+def _inverse_norm(squares, EPSILON: tl.constexpr):
+    """Inverse norm, 0 for a row without a direction."""
     norm = tl.sqrt_rn(squares)
-    usable = (squares < _INFINITY) & (norm >= _EPSILON * scale)
-    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, norm, 1.0)), 0.0)
-
-
-@triton.jit
-def _sums(
-    student, teacher, live, mean, std, student_scale, teacher_scale,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
-    TILES: tl.constexpr, G: tl.constexpr, V: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    ss = tl.zeros([G], tl.float32)
-    tt = tl.zeros([G], tl.float32)
-    st = tl.zeros([G], tl.float32)
-    for tile in tl.range(0, TILES, loop_unroll_factor=1 if SCALED else 2):
-        groups = tile * G + tl.arange(0, G)
-        s = _load(student, live, groups, None, None, STUDENT, TARGET, WINDOW, G, V)
-        t = _load(teacher, live, groups, mean, std, TEACHER, TARGET, WINDOW, G, V)
-        if SCALED:
-            s *= student_scale
-            t *= teacher_scale
-        ss += tl.sum(s * s, axis=1)
-        tt += tl.sum(t * t, axis=1)
-        st += tl.sum(s * t, axis=1)
-    return tl.sum(ss, axis=0), tl.sum(tt, axis=0), tl.sum(st, axis=0)
-
-
-@triton.jit(do_not_specialize=["tokens", "length"])
-def _forward_kernel(
-    student, teacher, mask, mean, std,
-    saved,  # out [3, N]: cosine, 1/|s|, 1/|t|
-    tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
-    TILES: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    live = tl.load(mask + row) != 0
-    student += _offset(row, length, student_outer, student_inner)
-    teacher += _offset(row, length, teacher_outer, teacher_inner)
-    ss, tt, st = _sums(
-        student, teacher, live, mean, std, 1.0, 1.0, STUDENT, TEACHER, TARGET, WINDOW, TILES, G, V, False
-    )
-    student_scale = tl.where(ss < _INFINITY, 1.0, _SHRINK)
-    teacher_scale = tl.where(tt < _INFINITY, 1.0, _SHRINK)
-    if student_scale * teacher_scale < 1.0:
-        # Rare, and in small steps: its registers must not weigh on the path above.
-        ss, tt, st = _sums(
-            student, teacher, live, mean, std, student_scale, teacher_scale,
-            STUDENT, TEACHER, TARGET, WINDOW, TILES * (G // 32), 32, V, True,
-        )  # fmt: skip
-    inverse_s = _inverse_norm(ss, student_scale)
-    inverse_t = _inverse_norm(tt, teacher_scale)
-    cosine = tl.where((inverse_s > 0) & (inverse_t > 0), st * inverse_s * inverse_t, 0.0)
-    saved += row
-    tl.store(saved, cosine)
-    saved += tokens
-    tl.store(saved, inverse_s * student_scale)
-    saved += tokens
-    tl.store(saved, inverse_t * teacher_scale)
+    used = (squares < float("inf")) & (norm >= EPSILON)
+    return tl.where(used, tl.div_rn(1.0, tl.where(used, norm, 1.0)), 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _mean_kernel(cosines, mask, loss, count, tokens, BLOCK: tl.constexpr):
+def _forward_kernel(
+    student, teacher, mask, mean, std,
+    saved,  # out [3, N]: cosine, 1/|s| (0 unless both sides have a direction), 1/|t|
+    tokens, student_stride, teacher_stride,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
+    TILES: tl.constexpr, G: tl.constexpr, V: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    used = tl.load(mask + row) != 0
+    student += row * student_stride
+    teacher += row * teacher_stride
+    ss = tl.zeros([G], tl.float32)
+    tt = tl.zeros([G], tl.float32)
+    st = tl.zeros([G], tl.float32)
+    # Few loads are in flight when each brings one element to a thread; only then does unrolling help.
+    for tile in tl.range(0, TILES, loop_unroll_factor=12 if V == 1 else 1):
+        groups = tile * G + tl.arange(0, G)[:, None]
+        s = _load(student, used, groups, None, None, STUDENT, TARGET, WINDOW, G, V)
+        t = _load(teacher, used, groups, mean, std, TEACHER, TARGET, WINDOW, G, V)
+        ss += tl.sum(s * s, axis=1)
+        tt += tl.sum(t * t, axis=1)
+        st += tl.sum(s * t, axis=1)
+    inverse_s = _inverse_norm(tl.sum(ss, axis=0), EPSILON)
+    inverse_t = _inverse_norm(tl.sum(tt, axis=0), EPSILON)
+    inverse_s = tl.where(inverse_t > 0, inverse_s, 0.0)
+    cosine = tl.where(inverse_s > 0, tl.sum(st, axis=0) * inverse_s * inverse_t, 0.0)
+    saved += row
+    tl.store(saved, cosine)
+    saved += tokens
+    tl.store(saved, inverse_s)
+    saved += tokens
+    tl.store(saved, inverse_t)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _mean_kernel(saved, mask, loss, counts, tokens, BLOCK: tl.constexpr):
     # One program adds up in a fixed order: deterministic without atomics.
     index = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
-    counts = tl.zeros([BLOCK], tl.int32)
+    cosines = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.int32)
+    usable = tl.zeros([BLOCK], tl.int32)
     for first in range(0, tokens, BLOCK):
-        inside = first + index < tokens
-        sums += tl.load(cosines + first + index, mask=inside, other=0.0)
-        counts += tl.load(mask + first + index, mask=inside, other=0).to(tl.int32)
-    total = tl.sum(counts, axis=0)
-    tl.store(loss, -tl.div_rn(tl.sum(sums, axis=0), tl.maximum(total, 1).to(tl.float32)))
-    tl.store(count, total)
+        inside = index < tokens - first
+        cosines += tl.load(saved + first + index, mask=inside, other=0.0)
+        usable += (tl.load(saved + tokens.to(tl.int64) + first + index, mask=inside, other=0.0) > 0).to(tl.int32)
+        counted += tl.load(mask + first + index, mask=inside, other=0).to(tl.int32)
+    total = tl.sum(counted, axis=0)
+    tl.store(loss, -tl.div_rn(tl.sum(cosines, axis=0), tl.maximum(total, 1).to(tl.float32)))
+    tl.store(counts, total)
+    tl.store(counts + 1, tl.sum(usable, axis=0))
 
 
 @triton.jit
-def _saved_row(saved, rows, tokens):
-    pointers = saved + rows.to(tl.int64)
-    cosine = tl.load(pointers, mask=rows < tokens, other=0.0)
+def _tile(grad, saved, counts, tokens, R: tl.constexpr, G: tl.constexpr):
+    """What a backward program knows of its rows, each [M, 1]."""
+    m = tl.arange(0, R * G)[:, None]
+    rows = (tl.program_id(0) * R + m // G).to(tl.int64)
+    groups = tl.program_id(1) * G + m % G
+    inside = rows < tokens
+    pointers = saved + rows
+    cosine = tl.load(pointers, mask=inside, other=0.0)
     pointers += tokens
-    inverse_s = tl.load(pointers, mask=rows < tokens, other=0.0)
+    inverse_s = tl.load(pointers, mask=inside, other=0.0)
     pointers += tokens
-    inverse_t = tl.load(pointers, mask=rows < tokens, other=0.0)
-    return cosine, inverse_s, inverse_t, (inverse_s > 0) & (inverse_t > 0)
+    inverse_t = tl.load(pointers, mask=inside, other=0.0)
+    factor = -tl.load(grad) / tl.maximum(tl.load(counts), 1).to(tl.float32) * inverse_s
+    return rows, groups, factor, inverse_t, inverse_s * cosine, inverse_s > 0
 
 
-@triton.jit(do_not_specialize=["tokens", "length"])
+@triton.jit
+def _store(out, ds, rows, groups, tokens, WIDTH: tl.constexpr, V: tl.constexpr):
+    columns = _columns(groups, V)
+    pointers = out + rows * WIDTH + columns
+    tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens) & (columns < WIDTH))
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
-    grad, student, teacher, mean, std, saved, count,
-    out,  # [N, D], contiguous
-    tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
+    grad, student, teacher, mean, std, saved, counts,
+    out,  # [N, STUDENT], contiguous
+    tokens, student_stride, teacher_stride,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, WINDOW: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     # Cosines were taken in the student's width: elementwise, a program per tile.
-    M: tl.constexpr = R * G
-    m = tl.arange(0, M)
-    rows = tl.program_id(0) * R + m // G  # [M]
-    groups = tl.program_id(1) * G + m % G
-    cosine, inverse_s, inverse_t, usable = _saved_row(saved, rows, tokens)
-    factor = -tl.load(grad) / tl.maximum(tl.load(count), 1).to(tl.float32) * inverse_s
-    student += _offset(rows, length, student_outer, student_inner)
-    teacher += _offset(rows, length, teacher_outer, teacher_inner)
-    s = _load_direct(student[:, None], usable[:, None], groups, None, None, STUDENT, V)
-    t = _load(teacher[:, None], usable[:, None], groups, mean, std, TEACHER, STUDENT, WINDOW, M, V)
-    difference = t * inverse_t[:, None] - s * inverse_s[:, None] * cosine[:, None]
-    ds = tl.where(usable[:, None], factor[:, None] * difference, 0.0)
-    columns = _columns(groups, V)
-    pointers = out + rows.to(tl.int64)[:, None] * STUDENT + columns
-    tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < STUDENT))
+    rows, groups, factor, inverse_t, weight_s, used = _tile(grad, saved, counts, tokens, R, G)
+    s = _load_direct(student + rows * student_stride, used, groups, None, None, STUDENT, V)
+    t = _load(teacher + rows * teacher_stride, used, groups, mean, std, TEACHER, STUDENT, WINDOW, R * G, V)
+    ds = tl.where(used, factor * (t * inverse_t - s * weight_s), 0.0)
+    _store(out, ds, rows, groups, tokens, STUDENT, V)
 
 
-@triton.jit(do_not_specialize=["tokens", "length"])
+@triton.jit(do_not_specialize=["tokens"])
 def _backward_resized_kernel(
-    grad, student, teacher, mean, std, saved, count,
+    grad, student, teacher, mean, std, saved, counts,
     out,  # [N, STUDENT], contiguous
-    tokens, length, student_outer, student_inner, teacher_outer, teacher_inner,
+    tokens, student_stride, teacher_stride,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, WINDOW: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     # The student was resized to u = A s in the teacher's width: ds = A' du. Each group of V student columns gathers
     # from the few target columns i whose hats reach it; their u_i are interpolated again from the student's row.
-    M: tl.constexpr = R * G
-    m = tl.arange(0, M)
-    rows = tl.program_id(0) * R + m // G  # [M]
-    groups = tl.program_id(1) * G + m % G
+    rows, groups, factor, inverse_t, weight_s, used = _tile(grad, saved, counts, tokens, R, G)
+    student += rows * student_stride
+    teacher += rows * teacher_stride
     left = groups * V
-    cosine, inverse_s, inverse_t, usable = _saved_row(saved, rows, tokens)
-    factor = -tl.load(grad) / tl.maximum(tl.load(count), 1).to(tl.float32) * inverse_s
-    student += _offset(rows, length, student_outer, student_inner)
-    teacher += _offset(rows, length, teacher_outer, teacher_inner)
     first = tl.maximum(((2 * left - 1) * TEACHER + STUDENT) // (2 * STUDENT), 0)  # see reach()
-    ds = tl.zeros([M, V], tl.float32)
+    ds = tl.zeros([R * G, V], tl.float32)
     for step in range(WINDOW):
         i = first + step
-        read = usable & (i < TEACHER) & (left < STUDENT)
-        t = _normalized(tl.load(teacher + i, mask=read, other=0.0).to(tl.float32), i, mean, std, read)
+        inside = used & (i < TEACHER) & (left < STUDENT)
+        t = _normalized(tl.load(teacher + i, mask=inside, other=0.0).to(tl.float32), i, mean, std, inside)
         base, fraction = _coordinate(i, STUDENT, TEACHER)
         low = tl.minimum(tl.maximum(base, 0), STUDENT - 1)
         high = tl.minimum(tl.maximum(base + 1, 0), STUDENT - 1)
-        u = (1.0 - fraction) * tl.load(student + low, mask=read, other=0.0).to(tl.float32)
-        u += fraction * tl.load(student + high, mask=read, other=0.0).to(tl.float32)
-        du = tl.where(read, factor * (t * inverse_t - u * inverse_s * cosine), 0.0)  # [M]
+        u = (1.0 - fraction) * tl.load(student + low, mask=inside, other=0.0).to(tl.float32)
+        u += fraction * tl.load(student + high, mask=inside, other=0.0).to(tl.float32)
+        du = tl.where(inside, factor * (t * inverse_t - u * weight_s), 0.0)  # [M, 1]
         x = (base - left).to(tl.float32) + fraction
         x = tl.minimum(tl.maximum(x, (-left).to(tl.float32)), (STUDENT - 1 - left).to(tl.float32))
-        ds += tl.maximum(1.0 - tl.abs(x[:, None] - tl.arange(0, V)[None, :]), 0.0) * du[:, None]
-    columns = _columns(groups, V)
-    pointers = out + rows.to(tl.int64)[:, None] * STUDENT + columns
-    tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (columns < STUDENT))
+        ds += tl.maximum(1.0 - tl.abs(x - tl.arange(0, V)[None, :]), 0.0) * du
+    _store(out, ds, rows, groups, tokens, STUDENT, V)
 
 
-@triton.jit
-def _per_row(x, R: tl.constexpr, G: tl.constexpr):
-    return tl.sum(tl.reshape(x, [R, G]), axis=1)  # [M] -> [R]
-
-
-@triton.jit
-def _per_group(x, R: tl.constexpr, G: tl.constexpr):
-    return tl.reshape(tl.broadcast_to(x[:, None], [R, G]), [R * G])  # [R] -> [M]
-
-
-@triton.jit(do_not_specialize=["tokens", "length", "steps"])
-def _target_sum_kernel(
-    teacher, mask, mean, std,
-    partial,  # out [programs, TARGET]
-    tokens, length, steps, teacher_outer, teacher_inner,
-    TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _sums_kernel(
+    rows, weights, mean, std,
+    partial,  # out [programs, 1 or 2, WIDTH]: of w x and of w x^2
+    tokens, steps, stride,
+    WIDTH: tl.constexpr, SQUARES: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = R * G
-    m = tl.arange(0, M)
-    groups = m % G
-    total = tl.zeros([M, V], tl.float32)
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    if mean is not None:
+        shift = tl.load(mean + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    if std is not None:
+        scale = tl.load(std + columns, mask=columns < WIDTH, other=1.0).to(tl.float32)
+    sums = tl.zeros([R, C], tl.float32)
+    squares = tl.zeros([R, C], tl.float32)
     for step in range(steps):
-        rows = (tl.program_id(0) * steps + step) * R + m // G
-        live = tl.load(mask + rows, mask=rows < tokens, other=0) != 0
-        start = teacher + _offset(rows, length, teacher_outer, teacher_inner)
-        t = _load(start[:, None], live[:, None], groups, mean, std, TEACHER, TARGET, WINDOW, M, V)
-        tt = _per_row(tl.sum(t * t, axis=1), R, G)
-        scale = tl.where(tt < _INFINITY, tl.full([R], 1.0, tl.float32), _SHRINK)
-        t *= _per_group(scale, R, G)[:, None]
-        if tl.min(scale, axis=0) < 1.0:
-            tt = _per_row(tl.sum(t * t, axis=1), R, G)
-        inverse = _per_group(_inverse_norm(tt, scale), R, G)
-        total += tl.where((inverse > 0)[:, None], t * inverse[:, None], 0.0)
-    total = tl.sum(tl.reshape(total, [R, G, V]), axis=0)
-    columns = _columns(tl.arange(0, G), V)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * TARGET + columns, total, mask=columns < TARGET)
+        index = (program * steps + step) * R + tl.arange(0, R)[:, None]
+        weight = tl.load(weights + index, mask=index < tokens, other=0.0)
+        inside = (weight > 0) & (columns < WIDTH)
+        x = tl.load(rows + index * stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if mean is not None:
+            x -= shift
+        if std is not None:
+            x /= scale
+        sums += weight * x
+        if SQUARES:
+            squares += weight * x * x
+    partial += program * ((2 if SQUARES else 1) * WIDTH) + columns
+    tl.store(partial, tl.sum(sums, axis=0)[None, :], mask=columns < WIDTH)
+    if SQUARES:
+        tl.store(partial + WIDTH, tl.sum(squares, axis=0)[None, :], mask=columns < WIDTH)
 
 
-Kind = Literal["forward", "backward", "transposed", "sum"]
+Kind = Literal["forward", "backward", "backward_resized"]
 
 
 @dataclass(frozen=True)
@@ -340,7 +306,11 @@ def window(width: int, target: int, vector: int) -> int:
 
 
 def reach(width: int, target: int, vector: int) -> int:
-    """Neighbouring outputs of a resize from ``width`` to ``target`` that read any of ``vector`` neighbouring inputs."""
+    """Neighbouring outputs of a resize from ``width`` to ``target`` that read any of ``vector`` neighbouring inputs.
+
+    Output i sits at x = ((2i + 1) width - target) / 2 target and reads j where j - 1 < x < j + 1. From 8 to 4, for the
+    inputs 2 and 3: x = 0.5, 2.5, 4.5, 6.5, of which 2.5 alone lies between 1 and 4, so one output reads them.
+    """
     outputs = 1
     for j in range(0, width, vector):
         first = max(((2 * j - 1) * target + width) // (2 * width), 0)
@@ -354,43 +324,39 @@ def plan(kind: Kind, width: int, source: int, itemsize: int) -> Plan:
     """Choose the tiles of a kernel.
 
     Args:
-        kind: ``"forward"``, ``"backward"``, ``"transposed"`` (backward through a resized student) or ``"sum"``.
-        width: Columns of the tiled rows.
+        kind: ``"backward_resized"`` is the backward through a resized student.
+        width: Columns of the tiled rows: where cosines are taken, in ``"backward_resized"`` the student's.
         source: The other side's width.
         itemsize: Bytes per element of the tensor that is read or written in full vectors.
     """
     vector = max(16 // itemsize, 1)
-    if kind == "transposed":
+    if kind == "backward_resized":
         taps = reach(width, source, vector)
     elif source > width:
         vector, taps = 1, 2
     else:
         taps = 1 if source == width else window(source, width, vector)
-    if kind == "sum":
-        columns = triton.next_power_of_2(max(width, 32 * vector))
-        rows, num_warps = max(4096 // columns, 1), min(max(columns // 256, 1), 8)
-    else:
-        # One warp holds a forward tile in its registers; a resized one, with weights and taps there too, is smaller.
-        sizes = (1024, 512, 256) if kind != "forward" or taps == 1 else (512, 256) if vector > 1 else (256,)
-        columns = min(sizes, key=lambda size: -(-width // size) * size)  # the largest of those that waste least
-        # Forward: a warp per row adds up without barriers. Backward: a thread per group, which shares a row's numbers.
-        rows = 1 if kind == "forward" or vector == 1 else 2
-        num_warps = 1 if kind == "forward" else max(columns * itemsize // 512, 1)
+    # One warp holds a forward tile in its registers. A resized one, with weights and taps there too, is smaller; going
+    # down, a thread has one column, or the taps of a warp would fall into few banks.
+    sizes = (1024, 512, 256)
+    if kind == "forward" and taps > 1:
+        sizes = (512, 256) if vector > 1 else (32,)
+    columns = min(sizes, key=lambda size: -(-width // size) * size)  # the largest of those that waste least
+    # Forward: a warp per row adds up without barriers. Backward: a thread per group, which shares a row's numbers.
+    rows = 1 if kind == "forward" or vector == 1 else 2
+    num_warps = 1 if kind == "forward" else max(columns * itemsize // 512, 1)
     return Plan(taps, -(-width // columns), rows, columns // vector, vector, num_warps)
 
 
-# The op. Outputs beside the loss are what the backward needs: 12 bytes per token and one count.
+# The op. Outputs beside the loss are what the backward needs: 12 bytes per token and two counts.
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """View ``[..., D]`` as ``[outer, length, D]``: the tensor, length and both strides."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """View ``[..., D]`` as ``[N, D]``: the tensor and its stride."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if x.dim() > 3:
-        x = x.flatten(0, -3)
-    while x.dim() < 3:
-        x = x.unsqueeze(0)
-    return x, x.shape[1], x.stride(0), x.stride(1)
+    x = x.reshape(-1, x.shape[-1])
+    return x, x.stride(0)
 
 
 # Decided by TRITON_INTERPRET when Triton is imported. The interpreter takes CPU tensors.
@@ -418,9 +384,9 @@ def try_kernels() -> None:
     if torch.cuda.is_available() and not INTERPRETED:
         states = torch.ones(1, 8, device="cuda", dtype=torch.bfloat16)  # what teachers run in
         mask = states[:, 0] > 0
-        loss, saved, count = _forward(states, states, mask, None, None, False)
-        _backward(loss, states, states, None, None, saved, count, False)
-        _target_sum(states, mask, 8, None, None)
+        loss, saved, counts = _forward(states, states, mask, None, None, False)
+        _backward(loss, states, states, None, None, saved, counts, False)
+        _sums(states, saved[2], None, None, True)
 
 
 @torch.library.custom_op("let_composer::alignment_loss", mutates_args=())
@@ -428,69 +394,70 @@ def _forward(
     student: Tensor, teacher: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, resize_student: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = mask.numel()
-    saved = student.new_empty(3, tokens, dtype=torch.float32)
-    loss = student.new_empty((), dtype=torch.float32)
-    count = student.new_empty((), dtype=torch.int32)
+    loss, saved, counts = _empty(student, tokens)
     direct, resized = (teacher, student) if resize_student else (student, teacher)
     width = direct.shape[-1]
     p = plan("forward", width, resized.shape[-1], direct.element_size())
-    student, length, *student_strides = _rows(student)
-    teacher, _, *teacher_strides = _rows(teacher)
+    student, student_stride = _rows(student)
+    teacher, teacher_stride = _rows(teacher)
     mask = mask.contiguous()
     with torch.cuda.device_of(student):
         if tokens:
             _forward_kernel[(tokens,)](
-                student, teacher, mask, mean, std, saved, tokens, length, *student_strides, *teacher_strides,
+                student, teacher, mask, mean, std, saved, tokens, student_stride, teacher_stride,
                 STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=width, WINDOW=p.window, TILES=p.tiles,
-                G=p.G, V=p.V, num_warps=p.num_warps,
+                G=p.G, V=p.V, EPSILON=EPSILON, num_warps=p.num_warps,
             )  # fmt: skip
-        _mean_kernel[(1,)](saved, mask, loss, count, tokens, BLOCK=16384, num_warps=32)
-    return loss, saved, count
+        _mean_kernel[(1,)](saved, mask, loss, counts, tokens, BLOCK=MEAN_BLOCK, num_warps=MEAN_WARPS)
+    return loss, saved, counts
+
+
+def _empty(student: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty(3, tokens, dtype=torch.float32),  # cosine, 1/|s|, 1/|t|
+        student.new_empty(2, dtype=torch.int32),  # tokens of the mask, and those with a direction on both sides
+    )
 
 
 @_forward.register_fake
 def _(student, teacher, mask, mean, std, resize_student):
-    return (
-        student.new_empty((), dtype=torch.float32),
-        student.new_empty(3, mask.numel(), dtype=torch.float32),
-        student.new_empty((), dtype=torch.int32),
-    )
+    return _empty(student, mask.numel())
 
 
 @torch.library.custom_op("let_composer::alignment_loss_backward", mutates_args=())
 def _backward(
     grad: Tensor, student: Tensor, teacher: Tensor, mean: Tensor | None, std: Tensor | None, saved: Tensor,
-    count: Tensor, resize_student: bool,
+    counts: Tensor, resize_student: bool,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     tokens = saved.shape[1]
-    student, length, *student_strides = _rows(student)
-    teacher, _, *teacher_strides = _rows(teacher)
+    student, student_stride = _rows(student)
+    teacher, teacher_stride = _rows(teacher)
     width, source = student.shape[-1], teacher.shape[-1]
-    transposed = resize_student and width != source
-    p = plan("transposed" if transposed else "backward", width, source, out.element_size())
-    kernel = _backward_resized_kernel if transposed else _backward_kernel
+    resized = resize_student and width != source
+    p = plan("backward_resized" if resized else "backward", width, source, out.element_size())
+    kernel = _backward_resized_kernel if resized else _backward_kernel
     if tokens:
         with torch.cuda.device_of(student):
             kernel[(triton.cdiv(tokens, p.R), p.tiles)](
-                grad, student, teacher, mean, std, saved, count, out,
-                tokens, length, *student_strides, *teacher_strides,
+                grad, student, teacher, mean, std, saved, counts, out, tokens, student_stride, teacher_stride,
                 STUDENT=width, TEACHER=source, WINDOW=p.window, R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
             )  # fmt: skip
     return out
 
 
 @_backward.register_fake
-def _(grad, student, teacher, mean, std, saved, count, resize_student):
+def _(grad, student, teacher, mean, std, saved, counts, resize_student):
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
 def _setup_context(ctx, inputs, output):
     student, teacher, _, mean, std, ctx.resize_student = inputs
-    _, saved, count = output
-    ctx.mark_non_differentiable(saved, count)
+    _, saved, counts = output
+    ctx.mark_non_differentiable(saved, counts)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, mean, std, saved, count)
+    ctx.save_for_backward(student, teacher, mean, std, saved, counts)
 
 
 def _differentiate(ctx, grad, *_):
@@ -501,43 +468,71 @@ def _differentiate(ctx, grad, *_):
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-@torch.library.custom_op("let_composer::target_sum", mutates_args=())
-def _target_sum(teacher: Tensor, mask: Tensor, width: int, mean: Tensor | None, std: Tensor | None) -> Tensor:
-    tokens = mask.numel()
-    teacher, length, *strides = _rows(teacher)
-    p = plan("sum", width, teacher.shape[-1], teacher.element_size())
+@torch.library.custom_op("let_composer::weighted_sums", mutates_args=())
+def _sums(rows: Tensor, weights: Tensor, mean: Tensor | None, std: Tensor | None, squares: bool) -> Tensor:
+    """Sum over rows of w x, and of w x^2 if asked for, ``[1 or 2, D]`` in fp64; weights are fp32 and not negative."""
+    rows, stride = _rows(rows)
+    tokens, width = rows.shape
+    C = min(triton.next_power_of_2(width), SUMS_TILE // 4)
+    R = SUMS_TILE // C
     # At most 512 partial sums, whatever the device: the order of additions depends on the shape alone.
-    steps = max(triton.cdiv(tokens, 512 * p.R), triton.cdiv(16, p.R))
-    partial = teacher.new_empty(triton.cdiv(tokens, steps * p.R), width, dtype=torch.float32)
+    steps = triton.cdiv(max(triton.cdiv(tokens, 512), 64), R)
+    partial = rows.new_empty(triton.cdiv(tokens, steps * R), 2 if squares else 1, width, dtype=torch.float32)
     if tokens:
-        with torch.cuda.device_of(teacher):
-            _target_sum_kernel[(partial.shape[0],)](
-                teacher, mask.contiguous(), mean, std, partial, tokens, length, steps, *strides,
-                TEACHER=teacher.shape[-1], TARGET=width, WINDOW=p.window,
-                R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
+        with torch.cuda.device_of(rows):
+            _sums_kernel[(partial.shape[0], triton.cdiv(width, C))](
+                rows, weights.contiguous(), mean, std, partial, tokens, steps, stride,
+                WIDTH=width, SQUARES=squares, R=R, C=C, num_warps=4,
             )  # fmt: skip
-    return partial.sum(dim=0)
+    return partial.sum(dim=0, dtype=torch.float64)
 
 
-@_target_sum.register_fake
-def _(teacher, mask, width, mean, std):
-    return teacher.new_empty(width, dtype=torch.float32)
+@_sums.register_fake
+def _(rows, weights, mean, std, squares):
+    return rows.new_empty(2 if squares else 1, rows.shape[-1], dtype=torch.float64)
 
 
-def alignment_loss(
+def alignment(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
     resize: str = "student",
-) -> Tensor:
-    """:func:`let_composer.loss.reference.alignment_loss` in one pass over the states, in fp32."""
-    return _forward(student, teacher, mask, teacher_mean, teacher_std, resize == "student")[0]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`let_composer.loss.reference.alignment` in one pass over the states, in fp32."""
+    loss, saved, counts = _forward(student, teacher, mask, teacher_mean, teacher_std, resize == "student")
+    return loss, counts[1], saved[2].view(mask.shape)
 
 
 def target_sum(
-    teacher: Tensor, mask: Tensor, width: int, teacher_mean: Tensor | None = None, teacher_std: Tensor | None = None
+    teacher: Tensor,
+    mask: Tensor,
+    width: int,
+    teacher_mean: Tensor | None = None,
+    teacher_std: Tensor | None = None,
+    inverse_norm: Tensor | None = None,
 ) -> Tensor:
-    """:func:`let_composer.loss.reference.target_sum` in one pass over the teacher's states, in fp32."""
-    return _target_sum(teacher, mask, width, teacher_mean, teacher_std)
+    """:func:`let_composer.loss.reference.target_sum` in one pass over the teacher's states, two without the norms."""
+    if inverse_norm is None:
+        student = teacher.new_zeros(width).expand(*mask.shape, width)  # one row in the cache
+        inverse_norm = alignment(student, teacher, mask, teacher_mean, teacher_std, "teacher")[2]
+    (total,) = _sums(teacher, inverse_norm.flatten(), teacher_mean, teacher_std, False)
+    return resize_features(total, width).float()
+
+
+def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
+    """:func:`let_composer.loss.reference.feature_sums` in two passes over the teacher's states."""
+    used = mask & torch.isfinite(torch.linalg.vector_norm(teacher, torch.inf, dim=-1))  # no temporary of [N, D]
+    used = used.flatten()
+    origin = shift
+    if origin is None:  # a row that counts is near the mean: squares of the difference do not cancel in fp32
+        rows = teacher.reshape(-1, teacher.shape[-1])
+        origin = rows.index_select(0, used.int().argmax().view(1))[0].nan_to_num(0, 0, 0) if len(rows) else rows.sum(0)
+    sums, squares = _sums(teacher, used.float(), origin, None, True)
+    count = used.sum().double()
+    if shift is None:
+        origin = origin.double()
+        squares = squares + 2 * origin * sums + count * origin.square()
+        sums = sums + count * origin
+    return torch.cat([count.view(1), sums, squares])

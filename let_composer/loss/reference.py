@@ -2,33 +2,34 @@
 the benchmarks. Where a kernel differs from this file, the kernel is wrong.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EPSILON", "alignment_loss", "feature_sums", "resize_features", "target_sum"]
+__all__ = ["EPSILON", "LARGEST", "alignment", "feature_sums", "resize_features", "target_sum"]
 
 # A row shorter than this has no direction: its cosine is 0 and it passes no gradient. (torch's cosine_similarity would
-# hand a zero row a gradient of 1e8.)
+# hand a zero row a gradient of 1e8.) Neither has a row as long as LARGEST, whose squares overflow in fp32.
 EPSILON = 1e-6
+LARGEST = 2.0**64
 
 _ROWS = 1024  # that feature_sums converts at a time
 
-# Legend: B batch, S sequence, S_ student width (D_s), T_ teacher width (D_t), D the width in which cosines are taken.
 
-
-def alignment_loss(
+def alignment(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
     resize: str = "student",
-) -> Tensor:
-    """Mean over the tokens of ``mask`` of -cos(student, teacher); see :func:`let_composer.loss.alignment_loss`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, number of usable tokens and inverse norms of the targets; see :func:`let_composer.loss.alignment`.
 
-    Arithmetic is fp32 (fp64 when an input is). Rows that are masked out, shorter than ``EPSILON`` or not finite count
-    as cosine 0 and pass no gradient; the mean is always over all tokens of ``mask``, and is 0 when there are none.
+    Arithmetic is fp32 (fp64 when an input is). Rows that are masked out, shorter than ``EPSILON``, as long as
+    ``LARGEST`` or not finite count as cosine 0 and pass no gradient; the mean is always over all tokens of ``mask``,
+    and is 0 when there are none.
     """
     dtype = _arithmetic(student, teacher)
     target = _normalize(teacher, teacher_mean, teacher_std, dtype)
@@ -37,8 +38,11 @@ def alignment_loss(
         target = resize_features(target, student.shape[-1])
     else:
         student = resize_features(student, target.shape[-1])
-    cosine = (_unit(student, mask) * _unit(target, mask)).sum(dim=-1)  # [..., ]
-    return -cosine.sum() / mask.sum().clamp(min=1)
+    student, student_inverse = _unit(student, mask)
+    target, inverse = _unit(target, mask)
+    cosine = (student * target).sum(dim=-1)  # [...]
+    usable = ((student_inverse > 0) & (inverse > 0)).sum()
+    return -cosine.sum() / mask.sum().clamp(min=1), usable, inverse
 
 
 def target_sum(
@@ -47,6 +51,7 @@ def target_sum(
     width: int,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
+    inverse_norm: Tensor | None = None,
 ) -> Tensor:
     """Sum over the tokens of ``mask`` of the unit target vectors, ``[width]``.
 
@@ -54,7 +59,11 @@ def target_sum(
     scores without any information about the token.
     """
     target = _normalize(teacher, teacher_mean, teacher_std, _arithmetic(teacher))
-    return _unit(resize_features(target, width), mask).reshape(-1, width).sum(dim=0)
+    if inverse_norm is None:
+        inverse_norm = _unit(resize_features(target, width), mask)[1]
+    inverse_norm = inverse_norm.unsqueeze(-1)
+    units = torch.where(inverse_norm > 0, target * inverse_norm, 0)
+    return resize_features(units.reshape(-1, teacher.shape[-1]).sum(dim=0), width)  # resizing is linear
 
 
 def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -73,11 +82,49 @@ def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> 
 
 
 def resize_features(features: Tensor, width: int) -> Tensor:
-    """Linear interpolation of the last dimension to ``width``, half-pixel centres (``align_corners=False``)."""
-    if features.shape[-1] == width:
-        return features
-    rows = features.reshape(-1, 1, features.shape[-1])
-    return F.interpolate(rows, size=width, mode="linear", align_corners=False).view(*features.shape[:-1], width)
+    """Linear interpolation of the last dimension to ``width``, half-pixel centres (``align_corners=False``).
+
+    Both directions gather, so the gradient is the same in every run. (torch's own ``interpolate`` adds it up with
+    atomics on CUDA, and is slow there for rows that are short beside their number.)
+    """
+    return features if features.shape[-1] == width else _Resize.apply(features, width)  # pyright: ignore
+
+
+class _Resize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, width: int) -> Tensor:
+        ctx.source = features.shape[-1]
+        low, high, fraction = _taps(ctx.source, width, features)
+        return torch.lerp(features.index_select(-1, low), features.index_select(-1, high), fraction)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        low, high, fraction = _taps(ctx.source, gradient.shape[-1], gradient)
+        from_high = gradient * fraction
+        return _gather_back(gradient - from_high, low, ctx.source) + _gather_back(from_high, high, ctx.source), None
+
+
+def _taps(source: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two inputs of every output, and the weight of the second."""
+    outputs = torch.arange(width, device=like.device)
+    numerator = ((2 * outputs + 1) * source - width).clamp(0, 2 * width * (source - 1))  # of an exact coordinate
+    low = numerator // (2 * width)
+    fraction = (numerator - low * (2 * width)).to(like.dtype) / (2 * width)
+    return low, (low + 1).clamp(max=source - 1), fraction
+
+
+def _gather_back(gradient: Tensor, index: Tensor, source: int) -> Tensor:
+    """Sum for each input over the outputs that read it; ``index`` ascends, so these are neighbours."""
+    width = gradient.shape[-1]
+    inputs = torch.arange(source, device=gradient.device)
+    most = 3 * width // (2 * source) + 2  # outputs of one input, half more at an edge
+    outputs = torch.searchsorted(index, inputs)[:, None] + torch.arange(most, device=gradient.device)
+    inside = outputs < width
+    outputs = outputs.clamp(max=width - 1)
+    inside &= index[outputs] == inputs[:, None]
+    gathered = gradient.index_select(-1, outputs.flatten()).unflatten(-1, (source, most))
+    return torch.where(inside, gathered, 0).sum(dim=-1)
 
 
 def _arithmetic(*inputs: Tensor) -> torch.dtype:
@@ -93,12 +140,10 @@ def _normalize(teacher: Tensor, mean: Tensor | None, std: Tensor | None, dtype: 
     return teacher
 
 
-def _unit(rows: Tensor, mask: Tensor) -> Tensor:
-    # Cosines do not see a row's scale, so each row is divided by its largest entry first: squares then neither
-    # overflow nor vanish, and the norm of a usable row is at least 1.
-    scale = rows.detach().abs().amax(dim=-1, keepdim=True)
-    usable = mask.unsqueeze(-1) & torch.isfinite(scale) & (scale > 0)
-    scale = torch.where(usable, scale, 1)
-    rows = torch.where(usable, rows / scale, 0)
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1)
-    return torch.where(norm.detach() * scale >= EPSILON, rows / norm, 0)
+def _unit(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, or 0 without a direction, and what they were multiplied with."""
+    norm = torch.linalg.vector_norm(rows.detach(), dim=-1)
+    usable = mask & (norm >= EPSILON) & (norm < LARGEST)
+    inverse = torch.where(usable, 1 / norm, 0)
+    rows = torch.where(usable.unsqueeze(-1), rows, 0)
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=EPSILON), inverse

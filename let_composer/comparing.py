@@ -1,0 +1,312 @@
+"""Compare runs by what Composer logged, several seeds to an arm; the first arm is the baseline.
+
+  let-composer compare runs/baseline runs/let --teacher runs/teacher --out runs/comparison
+  let-composer compare "runs/baseline-s*" "runs/let-s*"      # names that differ in the seed's suffix alone
+  let-composer compare "plain=runs/2026-01-*" "LET=runs/a" "LET=runs/b" --metric pile/LanguageCrossEntropy
+
+A run is a folder with TensorBoard's event files, or CSV from W&B or MLflow: one file, or a folder of one run's files.
+Names that end in -s1, _s1, -seed1 or _seed1 and differ in that alone are seeds of one arm; NAME=RUN says so otherwise,
+and patterns may stand for several runs. Prints a table and writes OUT.html (all in one page), OUT.png, OUT.svg and
+OUT.json. Times need Composer's speed monitor, memory its memory monitor, the teacher's compute LET's own metrics.
+"""
+
+import argparse
+import glob
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from let_composer.logs import METRIC, Curve, Run, read_run
+
+__all__ = ["add_arguments", "compare", "crossing", "group", "measure", "run", "spread", "summarize", "table", "verdict"]
+
+SEED = re.compile(r"[-_]s(eed)?\d+$")
+Arms = dict[str, list[Run]]
+
+
+def group(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """Sort runs into arms.
+
+    Args:
+        arguments: Folders or CSV files, or NAME=RUN; patterns are expanded.
+
+    Returns:
+        Runs by arm, in the order of the arguments.
+
+    Raises:
+        ValueError: If a run does not exist or comes twice.
+    """
+    arms: dict[str, list[Path]] = {}
+    for argument in arguments:
+        # Names of arms and of folders may hold a "=" themselves: the first reading that is there is meant.
+        splits = [("", argument), *((argument[:i], argument[i + 1 :]) for i, c in enumerate(argument) if c == "=")]
+        name, found = next(((n, found) for n, path in splits if (found := _runs(path))), ("", []))
+        if not found:
+            raise ValueError(f"there is no run at {argument}. Give run folders or CSV files, or NAME=RUN.")
+        for path in found:
+            if any(path in others for others in arms.values()):
+                raise ValueError(f"{path} is given twice. A run is one seed of one arm.")
+            arms.setdefault(name or SEED.sub("", path.name.removesuffix(".csv")), []).append(path)
+    return arms
+
+
+def _runs(pattern: str) -> list[Path]:
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    return [path for found in sorted(glob.glob(pattern)) if (path := Path(found)).is_dir() or path.suffix == ".csv"]
+
+
+def crossing(curve: Curve, level: float) -> float | None:
+    """Where a falling curve first reaches a level, linear between its points; ``None`` if it never does."""
+    x, y = curve
+    below = np.flatnonzero(y <= level)
+    if not len(below):
+        return None
+    i = int(below[0])
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
+
+
+def measure(
+    run: Run, tokens: float, level: float, teacher: float | None = None, rising: bool = False
+) -> dict[str, Any]:
+    """The figures of one run.
+
+    Args:
+        run: The run.
+        tokens: Where losses are compared.
+        level: The loss to be reached, the baseline's final one.
+        teacher: The teacher's. Default: ``None``, unknown.
+        rising: Whether more is better. Default: ``False``.
+
+    Returns:
+        Losses in the metric's unit, times in seconds, compute in the FLOPs of one token of plain training; ``None``
+        for what was not logged or never happened.
+    """
+
+    def at(curve: Curve, tokens: float | None) -> float | None:
+        value = np.nan if tokens is None else np.interp(tokens, *curve)
+        return float(value) if np.isfinite(value) else None
+
+    def passes(level: float | None) -> float | None:
+        return None if level is None else crossing((run.loss[0], sign * run.loss[1]), sign * level)
+
+    sign = -1 if rising else 1
+    reached, x = passes(level), run.train_seconds[0]
+    batch = float(np.diff(x).max()) if len(x) > 1 else None
+    return {
+        "run": run.name,
+        "final_loss": at(run.loss, run.loss[0][-1]),
+        "loss_at_equal_tokens": at(run.loss, tokens),
+        "tokens": float(run.loss[0][-1]),
+        "compute": at(run.compute, run.loss[0][-1]),
+        "train_seconds": at(run.train_seconds, x[-1]),
+        "tokens_to_baseline_loss": reached,
+        "compute_to_baseline_loss": at(run.compute, reached),
+        "seconds_to_baseline_loss": at(run.train_seconds, reached),
+        "tokens_to_teacher_loss": passes(teacher),
+        "guided_tokens_per_second": batch / run.guided_seconds if batch and run.guided_seconds else None,
+        "plain_tokens_per_second": batch / run.plain_seconds if batch and run.plain_seconds else None,
+        "peak_gb": run.peak_gb,
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean, lowest, highest and sample deviation of the values that are there; ``None`` if none is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
+    return {"mean": float(np.mean(known)), "min": min(known), "max": max(known), "std": deviation, "n": len(known)}
+
+
+def summarize(arms: Arms, teacher: Run | None = None, rising: bool = False) -> dict[str, Any]:
+    """All figures: of each run, and their spread over an arm's seeds.
+
+    Args:
+        arms: Runs by arm; the first arm is the baseline. The loss to be reached is the mean of its seeds' final ones.
+        teacher: The run that trained the teacher; its time is what a user who has no teacher pays on top.
+        rising: Whether more is better. Default: ``False``.
+
+    Raises:
+        ValueError: If the baseline's final loss is not a number, or the runs were compared by different metrics.
+    """
+    baseline = next(iter(arms))
+    metrics = sorted({run.metric for runs in arms.values() for run in runs})
+    if len(metrics) > 1:
+        raise ValueError(f"the runs were evaluated with different metrics: {', '.join(metrics)}. Choose with --metric.")
+    level = float(np.mean([run.loss[1][-1] for run in arms[baseline]]))
+    if not np.isfinite(level):
+        raise ValueError(f"the final loss of {baseline} is {level}: nothing can be compared to it.")
+    tokens = float(min(run.loss[0][-1] for runs in arms.values() for run in runs))
+    teacher_loss = None if teacher is None else float(teacher.loss[1][-1])
+    rows = []
+    for arm, runs in arms.items():
+        seeds = [measure(run, tokens, level, teacher_loss, rising) for run in runs]
+        over_seeds = {key: spread([seed[key] for seed in seeds]) for key in seeds[0] if key != "run"}
+        rows.append({"arm": arm, "over_seeds": over_seeds, "seeds": seeds})
+    flops = [run.flops_per_token for runs in arms.values() for run in runs]
+    return {
+        "metric": metrics[0],
+        "rising": rising,
+        "baseline": baseline,
+        "baseline_final_loss": level,
+        "equal_tokens": tokens,
+        "flops_per_token": flops[0] if flops[0] and all(f and abs(f / flops[0] - 1) < 0.01 for f in flops) else None,
+        "arms": rows,
+        "teacher": None if teacher is None else measure(teacher, teacher.loss[0][-1], -np.inf),
+    }
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """What the comparison shows, in one or two sentences."""
+    baseline, level, (first, *others) = summary["baseline"], summary["baseline_final_loss"], summary["arms"]
+    seeds = sorted({len(row["seeds"]) for row in summary["arms"]})
+    mean = "One seed each." if seeds == [1] else f"Means of {' to '.join(map(str, seeds))} seeds."
+    what = "loss" if METRIC in summary["metric"] else summary["metric"].rpartition("/")[2]
+    if not others:
+        return f"{baseline} ends at a {what} of {level:.3f}. {mean}"
+    reached = [row for row in others if row["over_seeds"]["tokens_to_baseline_loss"]]
+    if not reached:
+        ends = [row for row in others if row["over_seeds"]["final_loss"]]
+        sign = -1 if summary["rising"] else 1
+        near = min(ends, key=lambda row: sign * row["over_seeds"]["final_loss"]["mean"], default=None)
+        end = f" The nearest, {near['arm']}, ends at {near['over_seeds']['final_loss']['mean']:.3f}." if near else ""
+        return f"No arm reaches the final {what} of {baseline}, {level:.3f}.{end} {mean}"
+
+    def order(row: dict[str, Any]) -> tuple[bool, float]:
+        tokens = row["over_seeds"]["tokens_to_baseline_loss"]
+        return tokens["n"] < len(row["seeds"]), tokens["mean"]
+
+    best = min(reached, key=order)
+    own, whole = best["over_seeds"], first["over_seeds"]
+    text = f"{own['tokens_to_baseline_loss']['mean'] / whole['tokens']['mean']:.0%} of its tokens"
+    if own["compute_to_baseline_loss"] and whole["compute"]:
+        share = own["compute_to_baseline_loss"]["mean"] / whole["compute"]["mean"]
+        text += f" and {share:.0%} of its compute, the teacher's forward included"
+    some = own["tokens_to_baseline_loss"]["n"]
+    only = "" if some == len(best["seeds"]) else f" Only {some:.0f} of its {len(best['seeds'])} seeds do."
+    return f"{best['arm']} reaches the final {what} of {baseline}, {level:.3f}, after {text}.{only} {mean}"
+
+
+def table(summary: dict[str, Any]) -> pd.DataFrame:
+    """The summary as text cells, a row for each arm; shares are of the baseline's means, ranges are over seeds."""
+    unit, name = scale(summary["equal_tokens"])
+    whole = summary["arms"][0]["over_seeds"]
+    flops = summary["flops_per_token"]
+    rows = [(row["arm"], len(row["seeds"]), row["over_seeds"]) for row in summary["arms"]]
+    if summary["teacher"] is not None:
+        own = {key: spread([value]) for key, value in summary["teacher"].items() if key != "run"}
+        rows.append((f"teacher: {summary['teacher']['run']}", 1, {**own, "compute": None}))
+
+    def cell(values: dict[str, float] | None, seeds: int, form: str, scale: float, suffix: str) -> str:
+        if values is None:
+            return "-"
+        mean, low, high = (format(values[key] / scale, form) for key in ("mean", "min", "max"))
+        band = "" if low == high else f" ({low}..{high})"
+        return f"{mean}{suffix}{band}" + ("" if values["n"] == seeds else f", {values['n']:.0f} of {seeds} seeds")
+
+    def share(key: str) -> tuple[str, float, str]:
+        return ".0%", (whole[key] or {}).get("mean", 1), ""
+
+    final = summary["metric"].removeprefix("metrics/")
+    columns = {
+        f"{final} at {summary['equal_tokens'] / unit:.4g}{name[0].upper()}": ("loss_at_equal_tokens", ".3f", 1, ""),
+        "tokens": ("tokens", ".4g", unit, name[0].upper()),
+        "compute": ("compute", ".4g", 1e15 / flops if flops else unit, " PFLOP" if flops else name[0].upper()),
+        "training time": ("train_seconds", ",.0f", 1, " s"),
+        "tokens to the baseline's end": ("tokens_to_baseline_loss", *share("tokens")),
+        "compute to it": ("compute_to_baseline_loss", *share("compute")),
+        "time to it": ("seconds_to_baseline_loss", *share("train_seconds")),
+        "passes its teacher at": ("tokens_to_teacher_loss", ".4g", unit, name[0].upper()),
+        "tokens/s guided": ("guided_tokens_per_second", ",.0f", 1, ""),
+        "tokens/s plain": ("plain_tokens_per_second", ",.0f", 1, ""),
+        "peak memory": ("peak_gb", ".2f", 1, " GB"),
+    }
+    frame = pd.DataFrame(
+        {
+            "seeds": [str(n) for _, n, _ in rows],
+            **{column: [cell(row[key], n, *how) for _, n, row in rows] for column, (key, *how) in columns.items()},
+        },
+        index=pd.Index([arm for arm, *_ in rows], name="arm"),
+    )
+    return frame.loc[:, (frame != "-").any()]
+
+
+def scale(tokens: float) -> tuple[float, str]:
+    """A unit for so many tokens, and its name."""
+    return (1e9, "billions") if tokens >= 2e9 else (1e6, "millions")
+
+
+def compare(
+    arms: dict[str, list[Path]],
+    teacher: str | Path | None = None,
+    out: str | Path = "comparison",
+    metric: str = METRIC,
+    rising: bool | None = None,
+) -> dict[str, Any]:
+    """Read runs, print their table, write OUT.html, OUT.png, OUT.svg and OUT.json, and return what is in the last.
+
+    Args:
+        arms: As :func:`group` returns them.
+        teacher: The run that trained the teacher. Default: ``None``.
+        out: Path without suffix. Default: ``"comparison"``.
+        metric: As in :func:`let_composer.logs.resolve_metric`. Default: the validation loss.
+        rising: Whether more is better. Default: ``None``, which means for accuracies.
+
+    Raises:
+        ValueError: If a run cannot be read or compared.
+    """
+    from let_composer.picture import draw, write_page
+
+    rising = "accuracy" in metric.lower() if rising is None else rising
+    runs = {arm: [read_run(path, metric) for path in paths] for arm, paths in arms.items()}
+    teacher_run = read_run(teacher, metric) if teacher else None
+    summary = summarize(runs, teacher_run, rising)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, summary, out, teacher_run)
+    write_page(runs, summary, out, teacher_run)
+    curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
+    written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}
+    partial = Path(f"{out}.partial.json")
+    partial.write_text(json.dumps(written, indent=1, default=_plain, allow_nan=False))
+    os.replace(partial, f"{out}.json")
+    print(f"{verdict(summary)}\n\n{table(summary).T.to_string()}\n")
+    print("Several seeds: mean (lowest..highest). Training the teacher is not counted.")
+    print(f"written: {out}.html .png .svg .json")
+    return summary
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [float(each) if np.isfinite(each) else None for each in value]
+    return str(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``let-composer compare``."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="[NAME=]RUN; the first arm is the baseline")
+    parser.add_argument("--teacher", metavar="RUN", help="the run that trained the teacher, for its cost and its loss")
+    parser.add_argument("--out", default="comparison", help="where to write, without suffix (default: %(default)s)")
+    parser.add_argument(
+        "--metric",
+        default=METRIC,
+        help="a logged metric or its end, such as pile/LanguageCrossEntropy of the evaluation loader pile "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rising", action=argparse.BooleanOptionalAction, help="more is better (default: for accuracies alone)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``let-composer compare``."""
+    compare(group(args.runs), args.teacher, args.out, args.metric, args.rising)

@@ -1,0 +1,263 @@
+"""What a step of student and teacher multiplies and keeps, counted on the meta device: no data, no weights, no GPU."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from omegaconf import OmegaConf as om
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPTNeoXConfig
+
+from let_composer.student import find_blocks, matmul_parameters
+
+__all__ = [
+    "StudentCount",
+    "TeacherCount",
+    "build_student",
+    "count_student",
+    "count_teacher",
+    "quiet",
+    "refuse_uncountable",
+    "teacher_config",
+]
+
+# Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+SCANS = ("state_size", "mamba_d_state", "mamba_d_ssm", "ssm_state_size", "attn_layer_period", "linear_num_value_heads")
+
+
+# Shapes of the teachers in yamls/, so that planning needs no network: width, blocks, heads.
+PYTHIA = {
+    "14m": (128, 6, 4),
+    "31m": (256, 6, 8),
+    "70m": (512, 6, 8),
+    "160m": (768, 12, 12),
+    "410m": (1024, 24, 16),
+    "1b": (2048, 16, 8),
+}
+
+
+@dataclass
+class StudentCount:
+    """The student; bytes are those of one microbatch in the type it computes in."""
+
+    parameters: int
+    trained: int  # of them; fewer with LoRA
+    matmul_parameters: int
+    width: int
+    flops: float  # of one token, forward and backward, without recomputation
+    block_flops: float  # of one token, forward, in the blocks alone: what activation checkpointing does again
+    largest_unit: int  # parameters that are gathered at a time: of a block, or of all that is outside of the blocks
+    activations: int  # kept for the backward pass
+    checkpointed_activations: int  # with every block recomputed
+
+
+@dataclass
+class TeacherCount:
+    """The teacher's body up to the layer that is used, and its head where logits are."""
+
+    parameters: int  # embeddings included
+    matmul_parameters: int
+    width: int
+    flops: float  # of one token, forward
+    largest_unit: int
+    activations: int  # the most that one block keeps at a time
+    logits: int  # of one token: rows of the head, 0 where it is not used
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries say of models while they import and build them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def refuse_uncountable(config: Any, whose: str) -> None:
+    """Refuse a model of which matrices and full attention are not the work.
+
+    Raises:
+        ValueError: For a mixture of experts or a model with state-space or linear-attention layers.
+    """
+    entries = config if isinstance(config, dict) else config.to_dict()
+    ffn = str((entries.get("ffn_config") or {}).get("ffn_type", ""))
+    experts = [name for name in EXPERTS if (entries.get(name) or 0) > 1] + [ffn] * ("moe" in ffn)
+    scans = [name for name in SCANS if entries.get(name)]
+    for kind, found in (("a mixture of experts", experts), ("a hybrid or state-space model", scans)):
+        if found:
+            raise ValueError(f"{whose} is {kind} ({found[0]}): planning counts dense transformers alone.")
+
+
+def build_student(config: DictConfig, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The student on the meta device, and whether its attention keeps no square matrices.
+
+    Args:
+        config: The YAML.
+        dtype: In which it computes.
+
+    Raises:
+        ValueError: If it cannot be built or counted.
+    """
+    from llmfoundry.utils.builders import build_composer_model, build_tokenizer
+
+    cfg = cast(dict[str, Any], om.to_container(config.model, resolve=True))
+    name = cfg.pop("name")
+    refuse_uncountable(cfg, "the student")
+    fused = cfg.get("attn_config", {}).get("attn_impl", "flash") == "flash"
+    cfg |= {"init_device": "meta", "use_train_metrics": False}
+    tokenizer = None
+    if name == "mpt_causal_lm":
+        cfg |= {"attn_config": {**cfg.get("attn_config", {}), "attn_impl": "torch"}, "loss_fn": "torch_crossentropy"}
+        if cfg["attn_config"].get("rope_impl") == "dail":  # needs flash-attn; multiplies as much
+            cfg["attn_config"] |= {"rope_impl": "hf"}
+    else:  # a model of the hub asks its tokenizer for the number of tokens
+        cfg |= {"pretrained": False}
+        entry = cast(dict[str, Any], om.to_container(config.tokenizer, resolve=True))
+        tokenizer = build_tokenizer(entry["name"], entry.get("kwargs", {}))
+    try:
+        model = build_composer_model(name, cfg, tokenizer)
+    except (TypeError, OSError) as error:
+        raise ValueError(f"the student cannot be built from model: {error}") from error
+    refuse_uncountable(cast(Any, model).model.config, "the student")
+    return model.to(dtype), fused
+
+
+def count_student(model: nn.Module, batch: int, length: int, fused_attention: bool) -> StudentCount:
+    """Count a model that lives on the meta device.
+
+    Args:
+        model: An llm-foundry model, in the type it computes in.
+        batch: Sequences of a microbatch.
+        length: Tokens of a sequence.
+        fused_attention: Whether attention keeps no ``[S, S]`` matrices, as flash attention does not.
+    """
+    blocks = find_blocks(model)[1]
+    sections: list[dict[int, int]] = [{} for _ in range(len(blocks) + 1)]  # the last: outside of the blocks
+    inputs = [0] * len(blocks)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    now = [len(blocks)]
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            now[0] = index
+            x = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
+            inputs[index] = x.numel() * x.element_size()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        now[0] = len(blocks)
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        square = tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2] == length
+        if storage._cdata not in own and not (fused_attention and square):
+            sections[now[0]][storage._cdata] = storage.nbytes()
+        return tensor
+
+    handles = []
+    for index, block in enumerate(blocks):
+        handles.append(block.register_forward_pre_hook(enter(index), with_kwargs=True))
+        handles.append(block.register_forward_hook(leave))
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    model.train()
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _meta(), saving, FlopCounterMode(display=False) as forward:
+        logits = model({"input_ids": ids})["logits"]
+        loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())  # the model's own looks at values
+    for handle in handles:
+        handle.remove()
+    # The trainer holds the logits until the backward pass is over, and there is their gradient.
+    head = 2 * logits.numel() * logits.element_size()
+    kept = [sum(section.values()) for section in sections]
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    tokens = batch * length
+    width = inputs[0] // (tokens * next(model.parameters()).element_size())
+    parameters = sum(p.numel() for p in model.parameters())
+    return StudentCount(
+        parameters=parameters,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        matmul_parameters=matmul_parameters(model),
+        width=width,
+        flops=(forward.get_total_flops() + backward.get_total_flops()) / tokens,
+        block_flops=(forward.get_total_flops() - 2 * width * logits.numel()) / tokens,
+        largest_unit=max(*in_blocks, parameters - sum(in_blocks)),
+        activations=sum(kept) + head,
+        checkpointed_activations=sum(inputs) + max(kept[:-1]) + kept[-1] + head,
+    )
+
+
+def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> TeacherCount:
+    """Count a teacher's body that lives on the meta device, see :func:`let_composer.teacher.build_body`.
+
+    Args:
+        body: In the type it computes in.
+        batch: Sequences of a microbatch.
+        length: Tokens of a sequence.
+        projected: How many tokens of a microbatch go through the head, which is as large as its embeddings. Default:
+            ``0``.
+    """
+    blocks = find_blocks(body)[1]
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    sizes = [0]
+
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes[0] += output.numel() * output.element_size()
+
+    handles = [module.register_forward_hook(add) for module in blocks[0].modules() if not list(module.children())]
+    with _meta(), torch.no_grad(), FlopCounterMode(display=False) as flops:
+        width = body(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
+    for handle in handles:
+        handle.remove()
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    parameters = sum(p.numel() for p in body.parameters())
+    table = body.get_input_embeddings().weight
+    head = table.numel() if projected else 0
+    return TeacherCount(
+        parameters=parameters + head,
+        matmul_parameters=matmul_parameters(body),
+        width=width,
+        flops=flops.get_total_flops() / ids.numel() + 2 * head * projected / ids.numel(),
+        largest_unit=max(*in_blocks, parameters - sum(in_blocks)),
+        activations=sizes[0],
+        logits=table.shape[0] if projected else 0,
+    )
+
+
+def teacher_config(name: str) -> str | GPTNeoXConfig:
+    """The teacher's name, or its shape where that is known here, so that no network is needed."""
+    size = name.removeprefix("EleutherAI/pythia-").partition("@")[0]
+    if size not in PYTHIA or not name.startswith("EleutherAI/"):
+        return name
+    width, blocks, heads = PYTHIA[size]
+    return GPTNeoXConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        vocab_size=50304,
+    )
+
+
+@contextlib.contextmanager
+def _meta() -> Iterator[None]:
+    """Let models run on the meta device, for which torch has no autocast."""
+    with mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()):
+        yield

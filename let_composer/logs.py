@@ -1,0 +1,197 @@
+"""What a run logged, as curves: TensorBoard's event files, or CSV as W&B, MLflow and pandas write it."""
+
+import ast
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from let_composer.options import nearest
+
+__all__ = ["METRIC", "Curve", "Run", "read_log", "read_run", "resolve_metric"]
+
+METRIC = "LanguageCrossEntropy"
+Curve = tuple[np.ndarray, np.ndarray]
+Log = dict[str, Any]  # a pandas series over steps for each tag
+
+
+@dataclass
+class Run:
+    """What one run logged. A curve is a pair of arrays: tokens seen, value."""
+
+    name: str
+    metric: str  # the tag of what is compared
+    loss: Curve  # that metric, nats per token for cross-entropy
+    compute: Curve  # of student and teacher, in the FLOPs of one token of plain training
+    train_seconds: Curve  # time in training, evaluation and start-up left out
+    guidance: dict[str, Curve] = field(default_factory=dict)  # the metrics of let/ or kd/
+    guided_seconds: float | None = None  # mean of one batch, over guided batches after the first two
+    plain_seconds: float | None = None
+    peak_gb: float | None = None  # 1e9 bytes, allocated on the device
+    flops_per_token: float | None = None  # of plain training, as Composer's speed monitor counts
+    settings: dict[str, Any] = field(default_factory=dict)  # what was logged of the run's configuration
+
+
+def read_run(path: str | Path, metric: str = METRIC) -> Run:
+    """Read one run.
+
+    Args:
+        path: A folder with TensorBoard's event files or with CSV files, or a CSV file.
+        metric: As in :func:`resolve_metric`. Default: the validation loss.
+
+    Raises:
+        ValueError: If there is no run or more than one, or it was not evaluated with this metric.
+    """
+    path = Path(path)
+    log, settings = read_log(path)
+    tag = resolve_metric(metric, log, path)
+    if "time/token" not in log:
+        raise ValueError(f"{path} has no time/token, by which runs are compared. Export it beside {tag}.")
+    # Composer logs under the number of batches done before the event: time/token at the start of a batch, evaluations
+    # and the speed monitor after it.
+    steps, tokens = log["time/token"].index.to_numpy(dtype=float), log["time/token"].to_numpy(dtype=float)
+    steps, tokens = np.append(steps, steps[-1] + 1), np.append(tokens, tokens[-1] + np.diff(tokens, prepend=0).max())
+
+    def curve(tag: str) -> Curve:
+        values: Any = log.get(tag, pd.Series({0.0: np.nan}))
+        return np.interp(values.index.to_numpy(dtype=float), steps, tokens), values.to_numpy(dtype=float)
+
+    def of_guidance(name: str) -> Any:
+        return next((values for tag, values in log.items() if tag in (f"let/{name}", f"kd/{name}")), nothing)
+
+    nothing: Any = pd.Series(dtype=float)
+    weight = of_guidance("weight")
+    share = of_guidance("teacher_flops_share")
+    share = share[share.index.isin(weight[weight > 0].index)].reindex(steps[:-1]).fillna(0).to_numpy()
+    hours = log.get("time/train", nothing)
+    took = hours.diff()[(hours.index.to_series().diff() == 1) & (hours.index > 2)] * 3600
+    guided = took.index.isin(weight[weight > 0].index + 1)
+    train_tokens, train_hours = curve("time/train")
+    rates = [log.get(f"throughput/{what}_per_sec", nothing) for what in ("flops", "tokens")]
+    return Run(
+        name=path.stem if path.is_file() else path.name,
+        metric=tag,
+        loss=curve(tag),
+        compute=(tokens, np.append(tokens[0], tokens[0] + np.cumsum(np.diff(tokens) / (1 - share)))),
+        train_seconds=(train_tokens, train_hours * 3600),
+        guidance={tag: curve(tag) for tag in log if tag.startswith(("let/", "kd/"))},
+        guided_seconds=_known(took[guided].mean()),
+        plain_seconds=_known(took[~guided].mean()),
+        peak_gb=_known(log.get("memory/peak_allocated_mem", nothing).max()),
+        flops_per_token=_known((rates[0] / rates[1]).median()),
+        settings=settings,
+    )
+
+
+def _known(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def resolve_metric(wanted: str, tags: Iterable[str], source: Any) -> str:
+    """The one logged tag that is meant.
+
+    Args:
+        wanted: A whole tag, or the end of one that was logged by an evaluation: ``LanguageCrossEntropy``, or with
+            several evaluation loaders ``pile/LanguageCrossEntropy``.
+        tags: All that was logged.
+        source: Where, for messages.
+
+    Raises:
+        ValueError: If none is, or several are.
+    """
+    tags = list(tags)
+    if wanted in tags:
+        return wanted
+    evaluated = sorted(tag for tag in tags if tag.startswith("metrics/") and not tag.startswith("metrics/train/"))
+    found = [tag for tag in evaluated if tag.endswith(f"/{wanted}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{source} has {wanted} of several evaluations. Choose with --metric: {', '.join(found)}.")
+    if not evaluated:
+        raise ValueError(f"{source} was not evaluated: it has no metrics/. Set eval_loader and eval_interval.")
+    near = nearest(wanted, [*tags, *(tag.rpartition("/")[2] for tag in evaluated)])
+    raise ValueError(f"{source} has no metric {wanted}{near}. Evaluated were: {', '.join(evaluated)}.")
+
+
+def read_log(path: Path) -> tuple[Log, dict[str, Any]]:
+    """All that one run logged, a series over steps for each tag; and its settings, where they were logged.
+
+    Raises:
+        ValueError: If there is no run or more than one.
+    """
+    if path.is_file():
+        return _read_csv(path), {}
+    events = sorted({file.parent for file in path.rglob("events.out.tfevents.*")})
+    # Composer puts hyperparameters into a folder below the run's own.
+    runs = [folder for folder in events if not set(folder.parents) & set(events)]
+    if len(runs) > 1:
+        names = ", ".join(str(run.relative_to(path)) for run in runs)
+        raise ValueError(f"{path} holds {len(runs)} runs: {names}. Give each of them, or a pattern for several.")
+    if runs:
+        return _read_events(events)
+    if files := sorted(path.glob("*.csv")):
+        return {tag: values for file in files for tag, values in _read_csv(file).items()}, {}
+    raise ValueError(f"there are no TensorBoard event files and no CSV files in {path}. Give the folder of a run.")
+
+
+def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    log: Log = {}
+    settings: dict[str, Any] = {}
+    for folder in folders:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"] if folder == folders[0] else ():
+            # A resumed run logs some steps twice: the later value is the one that training went on from.
+            log[tag] = pd.Series({float(event.step): event.value for event in events.Scalars(tag)}).sort_index()
+        for metadata in events.summary_metadata.values():
+            if metadata.plugin_data.plugin_name == "hparams":
+                data: Any = HParamsPluginData()
+                data.ParseFromString(metadata.plugin_data.content)
+                start = data.session_start_info
+                for name, value in start.hparams.items():
+                    settings |= _flat(name, getattr(value, str(value.WhichOneof("kind"))))
+    return log, settings
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {key: v for k, inner in value.items() for key, v in _flat(f"{name}.{k}", inner).items()}
+
+
+def _read_csv(path: Path) -> Log:
+    try:
+        table: Any = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' own errors and those of decoding
+        raise ValueError(f"{path} is not a CSV file ({error}).") from error
+    columns = {name.lower().lstrip("_"): name for name in table}
+    if "step" not in columns:
+        raise ValueError(f"{path} has no column Step, _step or step. Its columns are {', '.join(table)}.")
+    step, key, run = columns["step"], columns.get("metric", columns.get("key")), columns.get("run")
+    if key and "value" in columns:  # MLflow: a row for each value
+        runs = set(table[run]) if run else set()
+        parts = {str(tag): rows.set_index(step)[columns["value"]] for tag, rows in table.groupby(key, sort=False)}
+    else:  # W&B's charts name columns "run - metric", and add the range of what they averaged
+        names = [name for name in table if name != step and not name.endswith(("__MIN", "__MAX"))]
+        of_a_chart = all(" - " in name for name in names)
+        runs = {name.partition(" - ")[0] for name in names} if of_a_chart else set()
+        parts = {name.partition(" - ")[2] if of_a_chart else name: table.set_index(step)[name] for name in names}
+    if len(runs) > 1:
+        raise ValueError(f"{path} holds {len(runs)} runs: {', '.join(sorted(runs))}. Export one file for each run.")
+    log = {}
+    for tag, values in parts.items():
+        values = values[values != ""]
+        values = values.set_axis(values.index.astype(float)).transform(pd.to_numeric, errors="coerce")
+        if len(values):
+            log[tag] = values[~values.index.duplicated(keep="last")].sort_index()
+    return log

@@ -1,0 +1,77 @@
+"""The command as a user has it: from a wheel, outside of the repository, beside the locked packages."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from let_composer.cli import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_wrong_verb_has_a_nearest_right_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["compair"])
+    assert "there is no verb 'compair' (did you mean 'compare'?)" in capsys.readouterr().err
+
+
+def test_what_a_user_can_put_right_is_told_in_a_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["compare", "nowhere"], "let-composer compare: there is no run at nowhere."),
+        (["plan", "nowhere.yaml"], "let-composer plan: there is no YAML at 'nowhere.yaml'"),
+        (["plan", "x.yaml", "--gpu", "h20", "a=1"], "(did you mean 'h200'?"),
+        (["yaml", "let_1b"], "let-composer yaml: the package has no 'let_1b' (did you mean 'let_1b4'?)"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The command of a wheel in an environment of its own, which sees the locked packages but not the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("let_composer", "yamls", "pyproject.toml", "README.md", "LICENSE"):  # a build writes beside its source
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / "source").mkdir(exist_ok=True)
+        copy(ROOT / name, folder / "source" / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    subprocess.run([*pip, *build], check=True)
+    venv.create(folder / "env")
+    (packages,) = (folder / "env").glob("lib/python*/site-packages")
+    (packages / "locked.pth").write_text("\n".join(site.getsitepackages()))
+    (wheel,) = folder.glob("*.whl")
+    python = str(folder / "env" / "bin" / "python")
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--ignore-installed", str(wheel)], check=True)
+    return folder / "env" / "bin" / "let-composer"
+
+
+@pytest.mark.slow
+def test_a_wheel_outside_of_the_repository(installed, tmp_path):
+    def call(*arguments: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run([installed, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert all(verb in call("--help") for verb in VERBS)
+    for verb in VERBS:
+        assert f"usage: let-composer {verb}" in call(verb, "--help")
+    (tmp_path / "my.yaml").write_text(call("yaml", "let_1b4"))
+    assert (tmp_path / "my.yaml").read_text() == (ROOT / "yamls" / "let_1b4.yaml").read_text()
+    assert "let_1b4 " in call("yaml")
+    plan = call("plan", "my.yaml", "--gpus", "32", "--gpu", "h100", "run_name=mine")
+    assert plan.startswith("run ") and "mine" in plan and "fits in 79 GiB" in plan
+    rows = ["step,time/token,metrics/eval/LanguageCrossEntropy", "0,0,", "1,100,", "2,200,3.5"]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    assert "b reaches the final loss of a, 3.500" in call("compare", "a.csv", "b.csv", "--out", "out/c")
+    assert len(list((tmp_path / "out").iterdir())) == 4

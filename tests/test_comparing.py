@@ -1,0 +1,329 @@
+"""Reading what Composer's loggers write, the numbers made of it, and the page that shows them."""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from composer import Evaluator
+from composer.callbacks import SpeedMonitor
+from composer.loggers import TensorboardLogger
+from conftest import LENGTH, build_data
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from torch.utils.tensorboard import SummaryWriter
+
+from let_composer import LET
+from let_composer import comparing as script
+from let_composer.comparing import crossing, group, spread, summarize, table, verdict
+from let_composer.logs import read_log, read_run
+from let_composer.picture import PALETTE, _apart
+
+SHARE = "let/teacher_flops_share"
+LOSS = "metrics/eval/LanguageCrossEntropy"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's and its protobuf's own
+
+
+def compare(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    script.add_arguments(parser)
+    script.run(parser.parse_args(arguments))
+
+
+def write_run(folder, loss: list[float], guided: int = 0, seconds: float = 2.0, memory: float | None = None) -> str:
+    """40 batches of 100 tokens, evaluated after every tenth; guided batches take half as long again."""
+    time = 0.0
+    with SummaryWriter(str(folder)) as writer:
+        for step in range(10 * len(loss)):
+            writer.add_scalar("time/token", step * 100, step)
+            writer.add_scalar("loss/train/total", 5.0, step)
+            if step <= guided and guided:
+                writer.add_scalar("let/weight", 1 - step / guided, step)
+            if step < guided:
+                writer.add_scalar("let/cosine", 0.5, step)
+                writer.add_scalar("let/constant_cosine", 0.1, step)
+                writer.add_scalar("let/teacher_flops_share", 0.25, step)
+            if memory is not None:
+                writer.add_scalar("memory/peak_allocated_mem", memory - 0.5 * (step == 0), step)
+            time += seconds * (1.5 if step < guided else 1)
+            if seconds:
+                writer.add_scalar("time/train", time / 3600, step + 1)
+        for number, value in enumerate(loss):
+            writer.add_scalar(LOSS, value, 10 * (number + 1))
+    return str(folder)
+
+
+def read(*folders):
+    return [read_run(folder) for folder in folders]
+
+
+def test_crossing():
+    curve = (np.array([10.0, 20.0, 30.0]), np.array([6.0, 5.0, 4.0]))
+    assert crossing(curve, 4.5) == pytest.approx(25)
+    assert crossing(curve, 7.0) == 10
+    assert crossing(curve, 3.9) is None
+    assert crossing((curve[0], np.array([6.0, np.nan, 4.0])), 3.9) is None
+
+
+def test_spread_is_over_what_is_there():
+    assert spread([1.0, None, 3.0]) == {"mean": 2, "min": 1, "max": 3, "std": pytest.approx(math.sqrt(2)), "n": 2}
+    assert spread([5.0]) == {"mean": 5, "min": 5, "max": 5, "std": 0, "n": 1}
+    assert spread([None, None]) is None
+
+
+def test_folders_that_differ_in_their_seed_alone_are_one_arm(tmp_path):
+    names = ("plain-s1", "plain_seed2", "let-s1", "let-s17", "let-s17x", "lr=0.1")
+    for name in names:
+        (tmp_path / name).mkdir()
+    paths = [f"{tmp_path}/{name}" for name in names]
+    arms = group(paths)
+    assert {arm: [folder.name for folder in folders] for arm, folders in arms.items()} == {
+        "plain": ["plain-s1", "plain_seed2"],
+        "let": ["let-s1", "let-s17"],
+        "let-s17x": ["let-s17x"],
+        "lr=0.1": ["lr=0.1"],
+    }
+    named = group([f"a=b={tmp_path}/plain*", f"x={tmp_path}/let-s1", f"x={tmp_path}/lr=0.1"])
+    assert list(named) == ["a=b", "x"] and [len(folders) for folders in named.values()] == [2, 2]
+    with pytest.raises(ValueError, match="there is no run at .*nowhere"):
+        group([f"{tmp_path}/nowhere"])
+    with pytest.raises(ValueError, match="plain-s1 is given twice"):
+        group([paths[0], f"x={paths[0]}"])
+
+
+def test_the_table_says_what_was_logged(tmp_path):
+    baseline = read(write_run(tmp_path / "baseline", [6.0, 5.0, 4.5, 4.0], memory=2.5))
+    let = read(write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20))
+    summary = summarize({"baseline": baseline, "let": let})
+    plain, guided = (arm["seeds"][0] for arm in summary["arms"])
+    assert plain["tokens"] == 4000 and plain["tokens_to_baseline_loss"] == pytest.approx(4000)
+    assert guided["tokens_to_baseline_loss"] == pytest.approx(2000)
+    assert plain["train_seconds"] == pytest.approx(80, rel=1e-4)
+    assert guided["seconds_to_baseline_loss"] == pytest.approx(60, rel=1e-4)
+    assert guided["guided_tokens_per_second"] == pytest.approx(100 / 3, rel=1e-3)
+    assert guided["plain_tokens_per_second"] == pytest.approx(50, rel=1e-3)
+    assert plain["guided_tokens_per_second"] is None
+    assert (plain["peak_gb"], guided["peak_gb"]) == (2.5, None)
+    assert guided["compute"] == pytest.approx(2000 / 0.75 + 2000)
+    assert guided["compute_to_baseline_loss"] == pytest.approx(8000 / 3)
+    assert table(summary).T.to_dict() == {
+        "baseline": {
+            "seeds": "1",
+            "eval/LanguageCrossEntropy at 0.004M": "4.000",
+            "tokens": "0.004M",
+            "compute": "0.004M",
+            "training time": "80 s",
+            "tokens to the baseline's end": "100%",
+            "compute to it": "100%",
+            "time to it": "100%",
+            "tokens/s guided": "-",
+            "tokens/s plain": "50",
+            "peak memory": "2.50 GB",
+        },
+        "let": {
+            "seeds": "1",
+            "eval/LanguageCrossEntropy at 0.004M": "3.000",
+            "tokens": "0.004M",
+            "compute": "0.004667M",
+            "training time": "100 s",
+            "tokens to the baseline's end": "50%",
+            "compute to it": "67%",
+            "time to it": "75%",
+            "tokens/s guided": "33",
+            "tokens/s plain": "50",
+            "peak memory": "-",
+        },
+    }
+    assert verdict(summary) == (
+        "let reaches the final loss of baseline, 4.000, after 50% of its tokens and 67% of its compute, the teacher's "
+        "forward included. One seed each."
+    )
+
+
+def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
+    plain = [write_run(tmp_path / f"plain-s{n}", [6.0, 5.0, 4.5, final]) for n, final in enumerate((3.8, 4.2))]
+    let = [
+        write_run(tmp_path / "let-s1", [5.0, 4.0, 3.5, 3.0], guided=20),
+        write_run(tmp_path / "let-s2", [5.0, 4.5, 4.0, 3.0, 2.5], guided=20),
+        write_run(tmp_path / "let-s3", [6.0, 6.0, 6.0, 6.0], guided=20),
+    ]
+    teacher = read_run(write_run(tmp_path / "teacher", [5.0, 3.5]))
+    summary = summarize({arm: read(*folders) for arm, folders in group([*plain, *let]).items()}, teacher)
+    assert summary["baseline"] == "plain" and summary["baseline_final_loss"] == pytest.approx(4.0)
+    assert summary["equal_tokens"] == 4000  # of which all have a loss
+    arm = summary["arms"][1]["over_seeds"]
+    reached = {"mean": 2500, "min": 2000, "max": 3000, "std": math.sqrt(2) * 500, "n": 2}
+    assert arm["tokens_to_baseline_loss"] == pytest.approx(reached)
+    assert arm["tokens_to_teacher_loss"] == pytest.approx(
+        {**reached, "mean": 3250, "min": 3000, "max": 3500, "std": math.sqrt(2) * 250}
+    )
+    assert arm["loss_at_equal_tokens"]["mean"] == pytest.approx(4.0)
+    rows = table(summary)
+    (loss,) = (name for name in rows if name.startswith("eval/"))
+    assert (rows.loc["plain", "seeds"], rows.loc["plain", loss]) == ("2", "4.000 (3.800..4.200)")
+    assert rows.loc["let", "tokens to the baseline's end"] == "63% (50%..75%), 2 of 3 seeds"
+    assert rows.loc["let", "passes its teacher at"] == "0.00325M (0.003..0.0035), 2 of 3 seeds"
+    assert rows.loc["teacher: teacher", [loss, "training time", "compute"]].tolist() == ["3.500", "40 s", "-"]
+    assert "Only 2 of its 3 seeds do. Means of 2 to 3 seeds." in verdict(summary)
+
+
+def test_a_run_without_times_is_read(tmp_path):
+    summary = summarize({"a": read(write_run(tmp_path / "a", [6.0, 5.0], seconds=0.0))})
+    assert summary["arms"][0]["seeds"][0]["train_seconds"] is None
+    assert "training time" not in table(summary)
+    assert verdict(summary) == "a ends at a loss of 5.000. One seed each."
+
+
+def test_a_diverged_arm_is_shown_as_such(tmp_path):
+    folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [6.0, math.nan])]
+    compare(*folders, "--out", str(tmp_path / "picture"))
+    arms = json.loads((tmp_path / "picture.json").read_text())["arms"]
+    assert arms[1]["seeds"][0]["final_loss"] is None and arms[1]["over_seeds"]["loss_at_equal_tokens"] is None
+    with pytest.raises(ValueError, match="the final loss of b is nan"):
+        compare(*reversed(folders), "--out", str(tmp_path / "picture"))
+
+
+def test_labels_do_not_touch():
+    assert _apart([1.0, 5.0, 3.0], 1.0) == [1.0, 5.0, 3.0]
+    places = _apart([1.0, 1.0, 1.1, 9.0], 0.5)
+    assert min(np.diff(sorted(places))) >= 0.5 - 1e-6 and places[3] == 9.0
+    assert places[0] < places[1] < places[2] and np.mean(places[:3]) == pytest.approx(31 / 30)
+
+
+def test_files_are_written(tmp_path, capsys):
+    plain = [write_run(tmp_path / f"plain-s{n}", [6.0, 5.0, 4.5, 4.0 + n / 10]) for n in (1, 2)]
+    let = write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20)
+    arguments = [*plain, f"LET, weight 1={let}", "--teacher", plain[0], "--out", str(tmp_path / "out" / "comparison")]
+    compare(*arguments)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {f"comparison.{s}" for s in ("html", "json", "png", "svg")}
+    written = json.loads((out / "comparison.json").read_text())
+    assert [arm["arm"] for arm in written["arms"]] == ["plain", "LET, weight 1"]
+    assert written["curves"]["plain"][1]["loss"] == [[1000, 2000, 3000, 4000], pytest.approx([6, 5, 4.5, 4.2])]
+    assert "LET, weight 1 reaches the final loss of plain" in capsys.readouterr().out
+    first = (out / "comparison.svg").read_bytes()
+    assert b"LET, weight 1 reaches the final" in first
+    compare(*arguments)
+    assert (out / "comparison.svg").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    plain = write_run(tmp_path / "plain", [6.0, 5.0, 4.5, 4.0])
+    let = write_run(tmp_path / "<b>let</b>", [5.0, 4.0, 3.5, 3.0], guided=20)
+    compare(plain, f"<i>let</i>={let}", "--out", str(tmp_path / "page"))
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)=.(?!data:)", page)  # nothing is fetched
+    picture = tmp_path / "seen.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += [f"--screenshot={picture}", "--window-size=1100,2400", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "&lt;i&gt;let&lt;/i&gt; reaches the final loss of plain" in seen and "<i>" not in seen
+    subprocess.run([part for part in command if part != "--dump-dom"], capture_output=True, timeout=120, check=True)
+    pixels = imread(picture)[..., :3]
+    halves = pixels[: len(pixels) // 2], pixels[len(pixels) // 2 :]
+    for color in PALETTE[:2]:  # both arms, over tokens and over compute
+        assert all((np.abs(half - to_rgb(color)).max(-1) < 0.02).sum() > 100 for half in halves)
+
+
+@pytest.mark.slow
+def test_what_composer_itself_logs(tmp_path, train, tokenizer, teacher_folder):
+    for name, algorithms in {"plain-s1": [], "let-s1": [LET(teacher_folder, student_layer=1, stop="4ba")]}.items():
+        train(
+            *algorithms,
+            run_name=name,
+            loggers=[TensorboardLogger(log_dir=str(tmp_path), flush_interval=1)],
+            callbacks=[SpeedMonitor(window_size=2)],
+            eval_dataloader=Evaluator(
+                label="eval", dataloader=build_data(tokenizer), metric_names=["LanguageCrossEntropy"]
+            ),
+            eval_interval="2ba",
+            max_duration="8ba",
+        ).close()
+    arms = {arm: read(*folders) for arm, folders in group([f"{tmp_path}/plain-s1", f"{tmp_path}/let-s1"]).items()}
+    batch = 8 * LENGTH
+    plain, let = (summary["seeds"][0] for summary in summarize(arms)["arms"])
+    assert plain["tokens"] == let["tokens"] == plain["compute"] == 8 * batch
+    assert let["compute"] == pytest.approx(batch * (4 + 4 / (1 - read_log(tmp_path / "let-s1")[0][SHARE].iloc[0])))
+    assert arms["let"][0].loss[0].tolist() == [2 * batch, 4 * batch, 6 * batch, 8 * batch]
+    assert arms["let"][0].guidance["let/weight"][1].tolist() == pytest.approx([0.1, 0.075, 0.05, 0.025, 0])
+    assert plain["guided_tokens_per_second"] is None
+    assert min(let["guided_tokens_per_second"], let["plain_tokens_per_second"], plain["plain_tokens_per_second"]) > 0
+    assert arms["plain"][0].settings["num_nodes"] == 1 and "let/teacher" not in arms["plain"][0].settings
+    assert arms["let"][0].settings["let/teacher"] == teacher_folder
+
+
+def test_exports_of_other_trackers_give_the_same_run(tmp_path):
+    write_run(tmp_path / "let", [5.0, 4.0], guided=5, memory=2.0)
+    log, _ = read_log(tmp_path / "let")
+    wide = pd.DataFrame(log).rename_axis("_step").reset_index()
+    wide.to_csv(tmp_path / "pandas.csv", index=False)  # of wandb.Api().run(...).history()
+    long = pd.DataFrame(log).rename_axis("step").melt(ignore_index=False, var_name="metric").dropna().reset_index()
+    long.assign(**{"Run": "let", "Run ID": "1f"}).to_csv(tmp_path / "mlflow.csv", index=False)
+    (tmp_path / "charts").mkdir()
+    for number, name in enumerate(log):  # a file for each chart
+        chart = pd.DataFrame({f"let - {name}": log[name], f"let - {name}__MIN": log[name], f"let - {name}__MAX": 9})
+        chart.rename_axis("Step").to_csv(tmp_path / "charts" / f"{number}.csv")
+    expected = read_run(tmp_path / "let")
+    for export in ("pandas.csv", "mlflow.csv", "charts"):
+        run = read_run(tmp_path / export)
+        for name in ("loss", "compute", "train_seconds"):
+            np.testing.assert_allclose(getattr(run, name), getattr(expected, name))
+        assert (run.peak_gb, run.guided_seconds, run.plain_seconds) == pytest.approx(
+            (expected.peak_gb, expected.guided_seconds, expected.plain_seconds)
+        )
+    two = pd.read_csv(tmp_path / "charts" / "0.csv")
+    two.assign(**{"other - x": 1}).to_csv(tmp_path / "charts" / "0.csv", index=False)
+    long.assign(Run=["a", *["b"] * (len(long) - 1)]).to_csv(tmp_path / "mlflow.csv", index=False)
+    (tmp_path / "text.csv").write_text("a,b\n1,2\n")
+    for export, message in (
+        ("charts", "0.csv holds 2 runs: let, other"),
+        ("mlflow.csv", "holds 2 runs: a, b. Export one file for each"),
+        ("text.csv", "no column Step, _step or step. Its columns are a, b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_run(tmp_path / export)
+
+
+def test_the_metric_is_chosen_and_its_direction(tmp_path):
+    for name, accuracy in (("a", [0.2, 0.3]), ("b", [0.3, 0.4])):
+        folder = write_run(tmp_path / name, [5.0, 4.0])
+        with SummaryWriter(folder) as writer:
+            for number, value in enumerate(accuracy):
+                writer.add_scalar("metrics/pile/Accuracy", value, 10 * (number + 1))
+                writer.add_scalar("metrics/eval/pile/LanguageCrossEntropy", 1.0, 10 * (number + 1))
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    compare(*runs, "--metric", "pile/Accuracy", "--out", str(tmp_path / "out"))
+    summary = json.loads((tmp_path / "out.json").read_text())
+    assert summary["arms"][1]["over_seeds"]["tokens_to_baseline_loss"]["mean"] == 1000
+    assert read_run(runs[0], LOSS).metric == LOSS
+    for metric, message in (
+        (
+            "LanguageCrossEntropy",
+            "of several evaluations. Choose with --metric: metrics/eval/Lang.*, metrics/eval/pile",
+        ),
+        ("Acuracy", "no metric Acuracy .did you mean 'Accuracy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(*runs, "--metric", metric)
+
+
+def test_a_folder_without_runs_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="no TensorBoard event files"):
+        read_run(tmp_path)
+    for name in ("a", "b/c"):
+        write_run(tmp_path / "several" / name, [5.0])
+    with pytest.raises(ValueError, match="several holds 2 runs: a, b/c. Give each of them"):
+        read_run(tmp_path / "several")
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("time/token", 0, 0)
+    with pytest.raises(ValueError, match="was not evaluated"):
+        read_run(tmp_path)

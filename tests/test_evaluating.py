@@ -1,0 +1,151 @@
+"""In-context scores of Composer checkpoints and Hugging Face folders, against scores counted by hand."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import LENGTH, VOCABULARY, load_tokenizer
+from ranks import resumable
+from test_ranks import one_rank
+from transformers import AutoModelForCausalLM
+
+from let_composer import LET
+from let_composer import evaluating as script
+
+KINDS = {"choices": "multiple_choice", "schema": "schema", "words": "language_modeling"}
+WORDS = VOCABULARY - 2
+
+
+def sentence(rng: random.Random, length: int) -> str:
+    return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(length))
+
+
+@pytest.fixture
+def items(teacher_folder) -> dict[str, list[dict[str, Any]]]:
+    """Three tasks; the number of choices differs between items, and the first has not the most."""
+    rng = random.Random(0)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    choices, schema, words = [], [], []
+    for number in range(12):
+        answers = [sentence(rng, rng.randint(1, 3)) for _ in range([4, 3, 5][number % 3])]
+        choices.append({"query": sentence(rng, 4), "choices": answers, "gold": rng.randrange(3)})
+        options = [sentence(rng, 3), sentence(rng, 4)]
+        schema.append({"context_options": options, "continuation": sentence(rng, 2), "gold": rng.randrange(2)})
+        context = sentence(rng, 5)
+        with torch.no_grad():
+            likeliest = int(teacher(torch.tensor([ids(context)])).logits[0, -1, :WORDS].argmax())
+        words.append({"context": context, "continuation": f"w{likeliest if number % 2 else 0}"})
+    return {"choices": choices, "schema": schema, "words": words}
+
+
+def ids(text: str) -> list[int]:
+    return [int(word[1:]) for word in text.split()]
+
+
+def by_hand(model: Any, items: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, str], float]:
+    """Zero-shot shares of right answers: the likeliest choice, or every token the likeliest; nothing is padded."""
+
+    @torch.no_grad()
+    def likelihood(before: str, after: str) -> tuple[float, bool]:
+        context, target = ids(before), torch.tensor(ids(after))
+        row = torch.tensor([[*context, *target.tolist()]])
+        logits = model.eval()(input_ids=row).logits[0, len(context) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        return -float(loss), bool((logits.argmax(-1) == target).all())
+
+    def right(item: dict[str, Any], norm: bool) -> bool:
+        if "context" in item:
+            return likelihood(item["context"], item["continuation"])[1]
+        if "query" in item:
+            scores = [likelihood(item["query"], c)[0] / (len(c) if norm else 1) for c in item["choices"]]
+        else:
+            scores = [likelihood(option, item["continuation"])[0] for option in item["context_options"]]
+        return scores.index(max(scores)) == item["gold"]
+
+    kinds = [*((task, "acc") for task in items), ("choices", "acc_norm")]
+    return {(t, m): sum(right(item, m == "acc_norm") for item in items[t]) / len(items[t]) for t, m in kinds}
+
+
+def write(folder: Path, items: dict[str, list[dict[str, Any]]]) -> str:
+    """The files as they are prepared for llm-foundry; returns the path of their list."""
+    tasks = []
+    for task, rows in items.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks.append({"label": task, "dataset_uri": f"{folder}/{task}.jsonl", "icl_task_type": KINDS[task]})
+    (folder / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
+    return str(folder / "tasks.yaml")
+
+
+def scores(model: Any, path: str, **options: Any) -> dict[tuple[str, str], float]:
+    found = script.score(str(model), script.local_tasks(path)[0], **{"shots": 0, **options})
+    return {(row.task, row.metric): pytest.approx(row.score) for row in found.itertuples()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # datasets' and lm-eval's own; what is tested is the scores
+def test_scores_are_those_counted_by_hand(tmp_path, items, train, tokenizer, teacher_folder):
+    path = write(tmp_path, items)
+    expected = by_hand(AutoModelForCausalLM.from_pretrained(teacher_folder), items)
+    assert expected == scores(teacher_folder, path) and 0 < min(expected.values()) < max(expected.values()) < 1
+    run = train(LET(teacher_folder, student_layer=1), save_folder=str(tmp_path / "checkpoints"), save_interval="6ba")
+    run.state.model.model.save_pretrained(tmp_path / "exported")
+    tokenizer.save_pretrained(tmp_path / "exported")
+    expected = by_hand(run.state.model.model, items)
+    run.close()
+    for model in (tmp_path / "checkpoints" / "latest-rank0.pt", tmp_path / "exported"):
+        assert expected == scores(model, path)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_the_same_model(tmp_path, teacher_folder):
+    with one_rank():
+        for kind, save in (("sharded", "sharded"), (None, "whole")):
+            resumable(load_tokenizer(teacher_folder), None, tmp_path, fsdp=kind, save=save, max_duration="3ba")
+    assert list((tmp_path / "sharded" / "ep0-ba3").glob("*.distcp"))
+    sharded, whole = (script.open_model(str(tmp_path / name)) for name in ("sharded/ep0-ba3", "whole/ep0-ba3-rank0.pt"))
+    torch.testing.assert_close(sharded[0].state_dict(), whole[0].state_dict())
+    assert sharded[1].get_vocab() == whole[1].get_vocab() and sharded[2] == whole[2] == LENGTH
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_writes_a_table_and_a_file(tmp_path, items, teacher_folder, capsys):
+    parser = argparse.ArgumentParser()
+    script.add_arguments(parser)
+    out = tmp_path / "out" / "scores"
+    arguments = [teacher_folder, "--tasks", write(tmp_path, items), "--limit", "8", "--shots", "0", "--out", str(out)]
+    script.run(parser.parse_args(arguments))
+    assert [p.name for p in out.parent.iterdir()] == ["scores.json"]
+    rows = {(row["task"], row["metric"]): row for row in json.loads(out.with_suffix(".json").read_text())}
+    assert {row["items"] for row in rows.values()} == {8}
+    assert [rows[task, "acc"]["chance"] for task in KINDS] == pytest.approx([(1 / 4 + 1 / 3 + 1 / 5) / 3, 1 / 2, 0])
+    score = rows["choices", "acc"]["score"]
+    assert rows["choices", "acc"]["error"] == pytest.approx((score * (1 - score) / 8) ** 0.5)
+    assert f"{100 * score:.1f} ±" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_explained(tmp_path, items, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, items)
+    (tmp_path / "run" / "ep0-ba6").mkdir(parents=True)
+    (tmp_path / "run" / "ep0-ba6" / ".metadata").touch()
+    for model, message in (
+        ("./nowhere", "no model at ./nowhere"),
+        (path, "is not a Composer checkpoint"),
+        (str(tmp_path), "neither config.json .* nor .metadata"),
+        ("run", "It holds the sharded checkpoints ep0-ba6: give one of them"),
+        ("run/ep0-ba6", "is not a Composer checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.open_model(model)
+    with pytest.raises(ValueError, match="no task 'hellaswagg' .did you mean 'hellaswag"):
+        script.score("x", ["hellaswagg"])
+    (tmp_path / "schema.jsonl").unlink()
+    for name, message in ((path, "no data of task 'schema'"), ("missing.yaml", "no list of tasks at missing.yaml")):
+        with pytest.raises(ValueError, match=message):
+            script.local_tasks(name)

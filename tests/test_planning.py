@@ -1,0 +1,251 @@
+"""The planner against closed forms, against what the paper's sizes are, and its answers to bad input."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from llmfoundry.models.mpt import ComposerMPTCausalLM
+from omegaconf import OmegaConf as om
+from transformers import GPTNeoXConfig
+
+from let_composer import planning as script
+from let_composer.configuration import load
+from let_composer.counting import build_student, count_student, refuse_uncountable
+from let_composer.teacher import Teacher, build_body
+
+YAMLS = Path(__file__).parents[1] / "yamls"
+
+
+def call(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    script.add_arguments(parser)
+    script.run(parser.parse_intermixed_args(arguments))
+
+
+def plan(path: str, *overrides: str, gpus: int = 1, hardware: script.Hardware | None = None) -> script.Plan:
+    return script.make_plan(load(path, list(overrides)), gpus, None, hardware, 0.4)
+
+
+@pytest.fixture
+def small(tmp_path, teacher_folder) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+model:
+  name: mpt_causal_lm
+  d_model: 32
+  n_heads: 2
+  n_layers: 4
+  expansion_ratio: 4
+  max_seq_len: 16
+  vocab_size: 64
+  no_bias: true
+  attn_config: {{attn_impl: torch}}
+max_seq_len: 16
+tokenizer: {{name: nowhere}}
+optimizer: {{name: decoupled_adamw}}
+algorithms: {{let: {{teacher: {teacher_folder}, stop: 0.5dur}}}}
+max_duration: 100ba
+global_train_batch_size: 8
+device_train_microbatch_size: 4
+precision: fp32
+variables:
+  data: ???
+""")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("let_125m", 123.6), ("let_350m", 359.9), ("let_1b4", 1401.8), ("baseline_3b", 2984.3), ("let_7b", 6989.5)],
+)
+def test_the_sized_yamls_cost_what_their_first_lines_say(name, millions):
+    """And planning them needs no network."""
+    path = YAMLS / f"{name}.yaml"
+    found = plan(str(path), gpus=8, hardware=script.HARDWARE["h100"])
+    more = plan(str(path), gpus=32, hardware=script.HARDWARE["h100"])
+    assert found.student.parameters / 1e6 == pytest.approx(millions, abs=0.1)
+    assert found.tokens == pytest.approx({"let_125m": 2.5e9, "let_350m": 7e9}.get(name, 20e9), rel=0.01)
+    model = om.load(path).model
+    attention = 12 * model.n_layers * 2048 * model.d_model
+    assert found.student.flops == pytest.approx(6 * found.student.matmul_parameters + attention, rel=1e-3)
+    assert sum(found.memory.values()) < 0.9 * 79  # the microbatch in the file fits
+    head = path.read_text()
+    assert f"not measured: {found.run_flops / 1e18:,.0f} EFLOP" in head
+    for gpus, on in ((8, found), (32, more)):
+        assert on.hours
+        hours = f"{on.hours:.{0 if on.hours > 10 else 1}f} h, {gpus * on.hours:.0f} GPU hours"
+        assert f"{gpus:2} GPUs: {hours}, {sum(on.memory.values()):.0f} GiB a GPU" in head
+    if name.startswith("let_"):
+        assert found.teacher and found.student.parameters > 5 * found.teacher.parameters
+        assert found.guided_tokens == pytest.approx(0.5 * found.tokens, rel=0.01)
+        assert f"step costs {100 * found.guided_overhead:.1f} % more FLOPs" in head
+        assert f"pays once it saves {found.break_even_tokens / 1e9:.2f}B tokens" in head
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),  # without embeddings, as EleutherAI publishes them
+    [("14m", 1_189_888), ("70m", 18_915_328), ("160m", 85_056_000), ("410m", 302_311_424), ("1b", 805_736_448)],
+)
+def test_the_shapes_of_the_known_teachers(size, parameters):
+    config = script.teacher_config(f"EleutherAI/pythia-{size}@step1000")
+    assert isinstance(config, GPTNeoXConfig)
+    body = build_body(config)
+    assert all(p.device.type == "meta" for p in body.parameters())
+    assert sum(p.numel() for p in body.parameters()) - body.embed_in.weight.numel() == parameters
+
+
+def test_flops_by_hand(small):
+    found = plan(small)
+    # Of one token: each parameter of the blocks and the tied head is multiplied twice, scores and values 2 S D each.
+    block = 4 * 32 * 32 + 8 * 32 * 32
+    forward = 2 * (4 * block + 64 * 32) + 4 * 4 * 16 * 32
+    assert found.student.block_flops == forward - 2 * 64 * 32
+    assert found.student.flops == 3 * forward
+    assert found.teacher
+    teacher = 2 * 2 * (4 * 24 * 24 + 3 * 24 * 48) + 2 * 4 * 16 * 24
+    assert found.teacher.flops == pytest.approx(teacher, rel=1e-3)  # and its rotary angles
+    assert found.guided_overhead == pytest.approx(teacher / (3 * forward), rel=1e-3)
+    assert (found.steps, found.guided_steps, found.tokens) == (100, 50, 100 * 8 * 16)
+    assert found.break_even_tokens == pytest.approx(found.guided_overhead * 50 * 128)
+
+
+def test_activations_are_what_a_real_step_keeps(small, teacher_folder):
+    found = plan(small)
+    model = ComposerMPTCausalLM(
+        d_model=32, n_heads=2, n_layers=4, max_seq_len=16, vocab_size=64, no_bias=True,
+        attn_config={"attn_impl": "torch"}, loss_fn="torch_crossentropy",
+    )  # fmt: skip
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(64, (4, 16))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss(model({"input_ids": ids}), {"labels": ids})
+    logits = 2 * 4 * 16 * 64 * 4  # themselves, held by the trainer, and their gradient
+    assert found.student.activations == pytest.approx(sum(kept.values()) + logits, rel=0.02)
+    assert found.student.checkpointed_activations < found.student.activations
+    assert loss.requires_grad
+
+
+def test_a_teacher_cut_at_a_layer_costs_less(small, teacher_folder):
+    whole, cut = (plan(small, f"algorithms.let.teacher_layer={k}") for k in (-1, 1))
+    assert whole.teacher and cut.teacher
+    assert 2 * cut.teacher.flops == pytest.approx(whole.teacher.flops, rel=1e-3)
+    assert cut.teacher.matmul_parameters == Teacher(teacher_folder, layer=1).parameters
+
+
+def test_checkpointing_sharding_and_memory(small):
+    plain = plan(small, gpus=4)
+    sharded = plan(small, "fsdp_config={activation_checkpointing: true}", gpus=4)
+    assert sharded.memory["weights"] * 4 == plain.memory["weights"] == plain.student.parameters * 4 / 2**30
+    assert sharded.memory["activations"] < plain.memory["activations"]
+    assert sharded.step_flops == plain.step_flops + 8 * 16 * plain.student.block_flops
+
+
+def test_a_teacher_that_is_too_big_is_sharded_and_a_run_that_is_too_big_said_so(capsys):
+    seven = str(YAMLS / "let_7b.yaml")
+    assert plan(seven, gpus=32, hardware=script.Hardware(100, 21)).placement == "shard"
+    assert plan(seven, gpus=32, hardware=script.HARDWARE["h200"]).placement == "replicate"
+    call(seven, "--gpus", "32", "--gpu", "mine", "--tflops", "100", "--memory", "21")
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_auto_is_planned_as_what_fits(small, capsys):
+    auto = "device_train_microbatch_size=auto"
+    sizes = {m: sum(plan(small, f"device_train_microbatch_size={m}").memory.values()) for m in (2, 4, 8)}
+    found = plan(small, auto, hardware=script.Hardware(100, (sizes[2] + sizes[4]) / 2 / 0.9))
+    assert (found.microbatch, found.auto, sum(found.memory.values())) == (2, True, pytest.approx(sizes[2]))
+    assert plan(small, auto).microbatch == plan(small, auto, hardware=script.HARDWARE["h100"]).microbatch == 8
+    call(small, auto, "--gpus", "1")
+    assert "microbatch 8, auto: the whole batch of a GPU; --gpu finds what fits" in capsys.readouterr().out
+
+
+def test_distillation_is_planned_with_its_logits(small, teacher_folder):
+    let, rkd, salt, both = (
+        plan(
+            small,
+            "algorithms=null",
+            f"algorithms={{{', '.join(f'{m}: {{teacher: {teacher_folder}}}' for m in names)}}}",
+        )
+        for names in (["let"], ["rkd"], ["salt"], ["let", "rkd"])
+    )
+    assert rkd.teacher and let.teacher and both.teacher
+    assert rkd.teacher.flops - let.teacher.flops == 2 * 24 * 64
+    assert (rkd.guided_steps, salt.guided_steps, both.guided_steps, let.guided_steps) == (100, 50, 100, 50)
+    assert both.teacher == rkd.teacher and both.methods == ["let", "rkd"]
+    assert rkd.memory["logits of a chunk"] > 0 and "logits of a chunk" not in let.memory
+    with pytest.raises(ValueError, match="planning knows one teacher, got .* and other"):
+        plan(small, "algorithms.rkd={teacher: other}")
+
+
+def test_frozen_weights_are_not_trained(small):
+    model, fused = build_student(load(small, []), torch.float32)
+    every = count_student(model, 4, 16, fused)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)  # as peft leaves its adapters
+    few = count_student(model, 4, 16, fused)
+    assert every.trained == every.parameters == few.parameters
+    assert few.trained == sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert few.flops < every.flops  # no gradients of matrices
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_local_experts": 8}, r"a mixture of experts \(num_local_experts\): planning counts dense"),
+        ({"ffn_config": {"ffn_type": "torch_dmoe"}}, r"a mixture of experts \(torch_dmoe\)"),
+        ({"mamba_d_state": 16}, r"a hybrid or state-space model \(mamba_d_state\)"),
+    ],
+)
+def test_models_that_are_not_dense_transformers_are_refused(entries, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_uncountable(entries, "the student")
+
+
+def test_the_json_has_all_of_it_and_nothing_else_is_said(small, tmp_path):
+    code = f"import argparse, sys\nfrom let_composer import planning as p\n{CALL}"
+    arguments = [small, "--gpus", "1", "--gpu", "h100", "--price", "2.5", "--out", str(tmp_path / "out" / "plan.json")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert written["student"]["flops"] == plan(small).student.flops
+    assert written["price"] == pytest.approx(2.5 * written["hours"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+CALL = "a = argparse.ArgumentParser()\np.add_arguments(a)\np.run(a.parse_intermixed_args(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h1000"], "has no 'h1000' .did you mean 'h100'"),
+        (["--tflops", "3"], "--tflops and --memory go together"),
+        (["--gpus", "0"], "expected --gpus above 0, got 0"),
+        (["--price", "2"], "--price needs the GPU's speed: give --gpu"),
+        (["--gpus", "4", "global_train_batch_size=6"], "global_train_batch_size 6 does not divide by 4 GPUs"),
+        (["max_duration=1ep"], "known only to whoever reads the data"),
+        (["max_seq_len=null"], "no max_seq_len, which planning needs"),
+        (["optimizer.name=shampoo"], "adam, lion and sgd, got 'shampoo'"),
+        (["fsdp_config={sharding_strategy: HYBRID_SHARD}"], "FULL_SHARD and NO_SHARD, got HYBRID_SHARD"),
+        (["fsdp_config={activation_checkpoint: true}"], "no 'activation_checkpoint' .did you mean 'activation_check"),
+        (["tp_config={tensor_parallel_degree: 2}"], "planning does not know tensor parallelism"),
+        (["global_batch=6"], "the YAML has no 'global_batch'"),
+        (["model.n_layer=2"], "model has no 'n_layer' .did you mean 'n_layers'"),
+        (["algorithms.let.stop=soon"], "stop"),
+        (["algorithms.let.wieght=2"], "no option 'wieght' .did you mean 'weight'"),
+        (["algorithms.let.teacher=./nowhere"], "no teacher at './nowhere'"),
+    ],
+)
+def test_bad_input_is_explained(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(small, *arguments)
