@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from let_composer.lifecycle import Lifecycle, OptionsT
 from let_composer.metrics import BatchSums
 from let_composer.objective import loss_generating, plus, total
-from let_composer.teacher import needs_mask
+from let_composer.teacher import Teacher, needs_mask
 
 __all__ = ["Guidance"]
 
@@ -42,8 +42,13 @@ class Guidance(Lifecycle[OptionsT]):
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
-        self._separates = _separates_documents(model)
+        self._separates, self._length = _documents(model)
         return "the student"
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse a teacher that cannot read the rows that this student reads."""
+        if self._separates:
+            teacher.require_separation(self._length)
 
     def detach(self) -> None:
         """Let go of the student and of what was kept of a batch."""
@@ -211,10 +216,12 @@ class Guidance(Lifecycle[OptionsT]):
             self.retire(state, logger)
 
 
-def _separates_documents(model: nn.Module) -> bool:
-    """Whether tokens of a packed row attend to their own document only, as in an MPT with attn_uses_sequence_id."""
+def _documents(model: nn.Module) -> tuple[bool, int]:
+    """Whether tokens of a packed row attend to their own document only, as in an MPT with attn_uses_sequence_id; and
+    the length of a row.
+    """
     for module in model.modules():
-        config = getattr(getattr(module, "config", None), "attn_config", None)
-        if isinstance(config, Mapping):
-            return bool(config.get("attn_uses_sequence_id"))
-    return False
+        config = getattr(module, "config", None)
+        if isinstance(attention := getattr(config, "attn_config", None), Mapping):
+            return bool(attention.get("attn_uses_sequence_id")), int(getattr(config, "max_seq_len", 1))
+    return False, 1

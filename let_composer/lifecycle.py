@@ -94,6 +94,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
         raise NotImplementedError
 
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse a teacher that does not fit the student that was attached."""
+
     def detach(self) -> None:
         """Let go of the student and of what was kept of a batch. Called as often as may be."""
 
@@ -234,8 +237,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         try:
             with torch.random.fork_rng(devices=[]):
                 self._teacher = self._find_teacher(model, device)
+            self.check_teacher(self._teacher)
         except BaseException:
-            self.detach()
+            self.release()
             raise
         self._take_over(self._teacher.fingerprint)
         self.phase = Phase.GUIDING

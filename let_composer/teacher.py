@@ -123,14 +123,9 @@ class Teacher:
         Raises:
             ValueError: If there is a ``sequence_id`` and this teacher cannot separate documents.
         """
-        sliding = getattr(self.body.config, "sliding_window", None)
-        if sequence_id is not None and (not self.separates_documents or (sliding or 2**62) < input_ids.shape[1]):
-            raise ValueError(
-                f"teacher {self.name!r} ({type(self.body).__name__}) cannot separate the documents of a packed row of "
-                f"{input_ids.shape[1]} tokens. Choose another teacher, or let documents attend across (attn_uses_"
-                "sequence_id: false)."
-            )
         batch, length = input_ids.shape
+        if sequence_id is not None:
+            self.require_separation(length)
         window = self.context or length
         if length <= window:
             return self._run(input_ids, attention_mask, sequence_id)
@@ -156,6 +151,20 @@ class Teacher:
         weight, bias = self._head
         assert weight is not None
         return F.linear(hidden, weight, bias)
+
+    def require_separation(self, length: int) -> None:
+        """Refuse to go on where documents in rows of ``length`` tokens are to be separated, and this teacher cannot.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        window = getattr(self.body.config, "sliding_window", None) or length
+        if not self.separates_documents or window < length:
+            raise ValueError(
+                f"teacher {self.name!r} ({type(self.body).__name__}) cannot separate the documents of a packed row of "
+                f"{length} tokens. Choose another teacher, or let documents attend across (attn_uses_sequence_id: "
+                "false)."
+            )
 
     def flops(self, tokens: int, length: int, projected: int = 0) -> float:
         """FLOPs of a forward, counted as llm-foundry counts the student's for its MFU: matrices and full attention.

@@ -1,9 +1,9 @@
 """Run the arms of an experiment, each with several seeds, and compare them.
 
-    python scripts/sweep.py yamls/evidence.yaml                          # everything that has not been run yet
-    python scripts/sweep.py yamls/evidence.yaml --only "strong-*" --seeds 17
-    python scripts/sweep.py yamls/evidence.yaml --list                   # what would run
-    python scripts/sweep.py yamls/evidence_125m.yaml --workers 1 variables.attention=flash     # settings for all runs
+    python scripts/sweep.py yamls/evidence/evidence.yaml                          # everything that has not been run yet
+    python scripts/sweep.py yamls/evidence/evidence.yaml --only "strong-*" --seeds 17
+    python scripts/sweep.py yamls/evidence/evidence.yaml --list                   # what would run
+    python scripts/sweep.py yamls/evidence/evidence_125m.yaml variables.attention=flash   # for all runs
 
 The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from
 the base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
@@ -18,6 +18,7 @@ import fcntl
 import fnmatch
 import functools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -217,13 +218,18 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
             teachers = _teachers(job for found in shown.values() for job in found)
             teacher = runs / next(iter(teachers)) if len(teachers) == 1 else None
             comparing.compare(paths, teacher, runs / name)
-    if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
-        draw(points, runs / "overview")
-        sections = ["## overview", "", *_overview_table(points), "", *sections]
     if sections:
-        partial = runs / "report.md.partial"
-        partial.write_text("\n".join([_conditions(runs), "", *sections]))
-        partial.replace(runs / "report.md")
+        _write_report(runs, sections)
+    if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
+        _write_report(runs, ["## overview", "", *_overview_table(points), "", *sections])
+        if known := [point for point in points if point.lead is not None]:
+            draw(known, runs / "overview")
+
+
+def _write_report(runs: Path, sections: list[str]) -> None:
+    partial = runs / "report.md.partial"
+    partial.write_text("\n".join([_conditions(runs), "", *sections]))
+    partial.replace(runs / "report.md")
 
 
 def _teachers(jobs: Iterable[Job]) -> frozenset[str]:
@@ -273,7 +279,7 @@ class Point:
 
     method: str
     arm: str
-    lead: float  # of the teacher: the baseline's final loss minus the teacher's, in nats per token
+    lead: float | None  # of the teacher: the baseline's final loss minus its own, in nats; None if not trained here
     gain: float  # the baseline's final loss minus the arm's
     share: float | None  # of the baseline's tokens, after which the arm is at its final loss; None if it never is
     seeds: int
@@ -295,7 +301,8 @@ def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
                 seeds = [seed for name, seed in done if name == arm and (baseline, seed) in done]
                 if not seeds:
                     continue
-                teacher = comparing.read_run(runs / next(iter(done[arm, seeds[0]].needs)))
+                needs = done[arm, seeds[0]].needs
+                teacher = comparing.read_run(runs / next(iter(needs))) if len(needs) == 1 else None
                 found = {
                     name: [comparing.read_run(runs / done[name, seed].name) for seed in seeds]
                     for name in (baseline, arm)
@@ -307,13 +314,13 @@ def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
                     Point(
                         method=str(method),
                         arm=arm,
-                        lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
+                        lead=teacher and summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
                         gain=plain["final_loss"]["mean"] - guided["final_loss"]["mean"],
                         share=reached and reached["mean"] / plain["tokens"]["mean"],
                         seeds=len(seeds),
                     )
                 )
-    return sorted(points, key=lambda point: (point.method, -point.lead))
+    return sorted(points, key=lambda point: (point.method, -math.inf if point.lead is None else -point.lead))
 
 
 def draw(points: list[Point], out: Path) -> None:
@@ -368,16 +375,16 @@ def _overview_table(points: list[Point]) -> list[str]:
     lines.append("|---|---|---|---|---|---|")
     for point in points:
         share = f"{point.share:.0%}" if point.share else "never"
-        lines.append(
-            f"| {point.method} | {point.arm} | {point.seeds} | {point.lead:+.2f} | {point.gain:+.3f} | {share} |"
-        )
+        lead = "not trained here" if point.lead is None else f"{point.lead:+.2f}"
+        lines.append(f"| {point.method} | {point.arm} | {point.seeds} | {lead} | {point.gain:+.3f} | {share} |")
     return lines
 
 
 def _conditions(runs: Path) -> str:
     import torch
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "describe", "--always", "--dirty"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
     return (
         f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "

@@ -1,6 +1,6 @@
 """Train from an llm-foundry YAML, as llm-foundry's own train script does, with short forms for ``algorithms``.
 
-    composer scripts/train.py yamls/quickstart_let.yaml max_duration=20ba algorithms.let.weight=0.5
+    composer scripts/train.py yamls/let_125m.yaml variables.data_local=data/pile-mds algorithms.let.weight=0.5
 
 A second YAML is merged into the first, as a cloud's parameters file.
 

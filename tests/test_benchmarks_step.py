@@ -83,4 +83,4 @@ def test_bad_input(run):
     with pytest.raises(ValueError, match="expected at least one round of more than 2 steps, got 5 of 2"):
         script.main([run, "--steps", "2"])
     with pytest.raises(ValueError, match="expected a YAML with algorithms.let"):
-        script.main([str(Path(__file__).parents[1] / "yamls" / "quickstart_baseline.yaml")])
+        script.main([str(Path(__file__).parents[1] / "yamls" / "quickstart" / "baseline.yaml")])

@@ -71,21 +71,24 @@ def test_a_yaml_that_is_not_there_is_named():
 
 
 def test_what_a_yaml_leaves_open_is_asked_for():
-    with pytest.raises(ValueError, match="let_7b.yaml leaves variables.data open.*variables.data=..."):
+    with pytest.raises(ValueError, match="let_7b.yaml leaves variables.data_local open.*variables.data_local=..."):
         script.main([str(ROOT / "yamls" / "let_7b.yaml")])
 
 
 @pytest.mark.parametrize("node", ["0", "1"])
 def test_slurm_starts_one_launcher_a_node(launched, node):
     found = launched(
-        ["bash", str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data=s3://bucket/a b"],
+        ["bash", str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"],
         SLURM_JOB_NODELIST="node-[a-b]",
         SLURM_JOB_ID="40007",
         SLURM_NNODES="2",
         SLURM_NODEID=node,
         SLURM_GPUS_ON_NODE="8",
     )
-    assert found[found.index("scripts/train.py") + 1 :] == ["yamls/let_7b.yaml", "variables.data=s3://bucket/a b"]
+    assert found[found.index("scripts/train.py") + 1 :] == [
+        "yamls/let_7b.yaml",
+        "variables.data_remote=s3://bucket/a b",
+    ]
     assert options(found) == {
         "--nproc": "8",
         "--world_size": "16",
@@ -107,6 +110,10 @@ def test_skypilot_starts_one_launcher_a_node(launched):
         DATA="s3://bucket/pile",
         RUNS="/runs",
     )
-    assert found[-3:] == ["yamls/let_7b.yaml", "variables.data=s3://bucket/pile", "variables.runs=/runs"]
+    assert found[-3:] == [
+        "variables.data_remote=s3://bucket/pile",
+        "variables.data_local=/tmp/pile-mds",
+        "variables.runs=/runs",
+    ]
     assert options(found)["--world_size"] == "32" and options(found)["--base_rank"] == "24"
     assert options(found)["--master_addr"] == "10.0.0.1"

@@ -198,9 +198,7 @@ def test_validation_holds_out_by_text(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(texts))
     (tmp_path / "in" / "b.jsonl").write_bytes(jsonl(texts[::-1]))
     run(plan(tmp_path / "in", tokenizer, validation=0.2, shuffle_seed=None, piece_bytes=1 << 20), tmp_path / "out")
-    sides = [
-        documents(np.concatenate(samples(tmp_path / "out" / split)), tokenizer) for split in ("train", "validation")
-    ]
+    sides = [documents(np.concatenate(samples(tmp_path / "out" / split)), tokenizer) for split in ("train", "val")]
     assert not set(sides[0]) & set(sides[1])
     assert 0.15 < len(sides[1]) / (2 * len(texts)) < 0.25
     assert len(sides[0]) + len(sides[1]) >= 2 * len(texts) - 20

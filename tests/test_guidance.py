@@ -9,8 +9,19 @@ from composer import Callback, DataSpec
 from composer.algorithms import EMA, GradientClipping
 from composer.core import Algorithm, Event
 from composer.loggers import LoggerDestination, ProgressBarLogger
-from conftest import LENGTH, assert_close, build_data, build_student, evaluator, hf_student, metrics, parameters
+from conftest import (
+    LENGTH,
+    VOCABULARY,
+    assert_close,
+    build_data,
+    build_student,
+    evaluator,
+    hf_student,
+    metrics,
+    parameters,
+)
 from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from let_composer import LET, RKD, alignment_loss
 from let_composer.loss import alignment
@@ -450,3 +461,13 @@ class TestBatches:
         monkeypatch.setattr(Teacher, "hidden", spy)
         trainer.fit()
         assert seen == [separate]
+
+    @pytest.mark.filterwarnings("ignore:MPT received non-None input for `sequence_id`")
+    def test_a_teacher_that_cannot_keep_them_apart_is_refused_before_the_first_batch(self, train, tokenizer, tmp_path):
+        GPT2LMHeadModel(GPT2Config(VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+            tmp_path
+        )
+        tokenizer.save_pretrained(tmp_path)
+        model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": True})
+        with pytest.raises(ValueError, match=f"cannot separate the documents of a packed row of {LENGTH} tokens"):
+            train(LET(str(tmp_path), stop="1ba"), model=model, max_duration="1ba", fit=False)

@@ -107,7 +107,7 @@ def test_llm_foundry_checks_every_run(tmp_path: Path, out: Path, tokenizer: str)
     streams = {"streams": {"a": {"local": f"{out}/"}}, "max_seq_len": 128}
     with pytest.raises(ValueError, match=refused):
         check_config(config(tmp_path, tokenizer, **streams))
-    loaders = [{"label": "x", **config(out, tokenizer, split="validation", max_seq_len=128)["train_loader"]}]
+    loaders = [{"label": "x", **config(out, tokenizer, split="val", max_seq_len=128)["train_loader"]}]
     with pytest.raises(ValueError, match=refused):
         check_config({**config(tmp_path / "no shards", tokenizer), "eval_loaders": loaders})
     cache = tmp_path / "cache" / "train"

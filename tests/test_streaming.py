@@ -120,7 +120,7 @@ def test_upload_and_read_back(
     for name, content in shards(local).items():
         assert found[name]["Size"] == len(content), name
     # Nothing can be read before its last shard has arrived, and the whole is announced last.
-    for folder in ("pile-cc/train", "github/validation"):
+    for folder in ("pile-cc/train", "github/val"):
         parts = [v["LastModified"] for k, v in found.items() if k.startswith(folder) and "shard." in k]
         assert max(parts) <= found[f"{folder}/index.json"]["LastModified"] <= found["manifest.json"]["LastModified"]
     manifest = json.loads((local / "manifest.json").read_text())

@@ -20,7 +20,7 @@ from let_composer.data.tokens import describe
 
 __all__ = ["Plan", "check_work", "clean", "finished", "load_tokenizer", "locked", "wanted", "work_folder"]
 
-FORMAT = 3  # raise it when the bytes written for the same input change
+FORMAT = 4  # raise it when the bytes written for the same input change
 
 
 @dataclasses.dataclass(frozen=True)

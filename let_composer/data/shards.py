@@ -24,7 +24,7 @@ from let_composer.data.tokens import STRETCH, UNLABELLED, Documents, Encoder
 
 __all__ = ["HASH", "SPLITS", "Job", "folder_name", "leftovers", "start_worker", "upload", "write_piece", "write_shards"]
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "val")
 HASH = "xxh128"
 
 

@@ -1,9 +1,9 @@
 """What LET adds to a step: plain, guided and after-stop steps of one model in one Trainer, taking turns.
 
     python scripts/benchmarks/step.py yamls/let_1b4.yaml --gpu h100 --out runs/benchmarks/1b4
-    python scripts/benchmarks/step.py yamls/let_125m.yaml algorithms.let.teacher=EleutherAI/pythia-14m \
-        variables.attention=torch variables.loss_fn=torch_crossentropy global_train_batch_size=2 \
-        device_train_microbatch_size=1 max_seq_len=128
+    python scripts/benchmarks/step.py yamls/quickstart/baseline.yaml yamls/quickstart/let.yaml \
+        algorithms.let.teacher=EleutherAI/pythia-31m model.d_model=256 model.n_heads=4 model.n_layers=6 \
+        max_seq_len=256 global_train_batch_size=4 device_train_microbatch_size=4
 
 Each round trains without LET, and with it until and after its stop, a few steps each. FSDP, activation checkpointing,
 precision and microbatches (``auto`` too) are the YAML's, on one device. Student and teacher have the shapes that the
