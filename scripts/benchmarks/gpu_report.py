@@ -109,7 +109,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     toy += "".join(
         f" {side}_loader.{key}"
         for side in ("train", "eval")
-        for key in (f"dataset.local={out}/toy/shards", "num_workers=0")
+        for key in (f"dataset.local={out}/toy/shards", "num_workers=1")
     )
     toy += "".join(f" variables.{key}={out}/toy/teacher" for key in ("tokenizer", "pretrained"))
     toy += " --only baseline pretrained-1"
