@@ -1,6 +1,9 @@
 """An llm-foundry YAML as training reads it: merged with further YAMLs and overrides, algorithms in any form."""
 
-from collections.abc import Iterable
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from yaml import YAMLError
 
 from let_composer.options import nearest
 
-__all__ = ["check_names", "load", "read_yaml", "refuse_unknown"]
+__all__ = ["check_names", "load", "quiet", "read_yaml", "refuse_unknown"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -94,3 +97,16 @@ def refuse_unknown(where: str, names: Iterable[Any], known: Iterable[str]) -> No
         if name not in known:
             listed = f" There are {', '.join(known)}." if len(known) < 100 else ""
             raise ValueError(f"{where} has no {name!r}{nearest(name, known)}.{listed}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries say of models while they import and build them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
