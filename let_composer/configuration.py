@@ -12,9 +12,9 @@ from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from let_composer.options import nearest
+from let_composer.options import Options, nearest, read_options
 
-__all__ = ["check_names", "load", "quiet", "read_yaml", "refuse_unknown"]
+__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml", "refuse_unknown"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -77,6 +77,22 @@ def _expand(algorithms: Any) -> dict[str, Any]:
                 raise ValueError(f"algorithms names {name!r} twice. Keep one of them.")
             expanded[str(name)] = arguments
     return expanded
+
+
+def read_methods(config: DictConfig) -> dict[str, Options]:
+    """The options of LET, RKD and SALT, where a YAML names them.
+
+    Raises:
+        ValueError: For an option that is unknown, of another type or out of range.
+    """
+    from let_composer import LET, RKD, SALT
+
+    given: Any = om.to_container(config.get("algorithms") or om.create(), resolve=True)
+    methods = {"let": LET, "rkd": RKD, "salt": SALT}
+    try:
+        return {name: read_options(methods[name], given[name]) for name in given if name in methods}
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def check_names(algorithms: Iterable[str]) -> None:

@@ -12,16 +12,15 @@ import argparse
 import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from composer import Time
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-from let_composer import LET, RKD, SALT
 from let_composer.annealing import parse_stop, resolve_stop
-from let_composer.configuration import load, quiet, refuse_unknown
+from let_composer.configuration import load, quiet, read_methods, refuse_unknown
 from let_composer.counting import (
     StudentCount,
     TeacherCount,
@@ -32,12 +31,11 @@ from let_composer.counting import (
 )
 from let_composer.data import write_json
 from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
-from let_composer.options import Options, read_options
+from let_composer.options import Options
 from let_composer.teacher import build_body
 
 __all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table", "teacher_config"]
 
-METHODS = {"let": LET, "rkd": RKD, "salt": SALT}
 NEEDED = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
 
 
@@ -103,7 +101,7 @@ def make_plan(
         dtype = torch.float32 if str(config.get("precision", "amp_bf16")) == "fp32" else torch.bfloat16
         duration, tokens_a_step = Time.from_timestring(str(config.max_duration)), batch * length
         steps = _steps(duration, batch, tokens_a_step)
-        methods = _methods(config)
+        methods = read_methods(config)
         options = next(iter(methods.values()), None)
         body, guided, context, placement = None, 0.0, length, ""
         for other in methods.values():
@@ -241,15 +239,6 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, asdict(plan))
-
-
-def _methods(config: DictConfig) -> dict[str, Options]:
-    """The options of the methods that the YAML names."""
-    given = cast(dict[str, Any], om.to_container(config.get("algorithms") or om.create(), resolve=True))
-    try:
-        return {name: read_options(METHODS[name], given[name]) for name in given if name in METHODS}
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def _check_keys(config: DictConfig) -> None:
