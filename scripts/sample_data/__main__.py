@@ -325,12 +325,12 @@ def train_bpe(out: Path, vocab_size: int) -> Path:
         bpe.decoder = decoders.ByteLevel()
         special = ["<|endoftext|>", "<|padding|>"]
         settings: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
-        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **settings)
+        settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
         texts = []
         for path in sorted((out / "pile").glob("*.jsonl.zst")):
             with zstd.open(path, "rt", encoding="utf-8") as lines:
                 texts += [json.loads(line)["text"] for line in lines]
-        bpe.train_from_iterator(thin(texts, 16_000_000), trainer)
+        bpe.train_from_iterator(thin(texts, 16_000_000), trainers.BpeTrainer(**settings))
         _save_tokenizer(bpe, folder, eos_token=special[0], pad_token=special[1])
         return f"{bpe.get_vocab_size():,} tokens."
 
