@@ -1,12 +1,17 @@
 """What is found, what is left out, and what is said about it."""
 
+import http.server
+import json
 import sys
+import threading
+import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from let_composer.data import DataError
-from let_composer.data.sources import list_sources
+from let_composer.data.sources import list_sources, read_pieces
 
 
 def test_folders_links_and_names(tmp_path: Path) -> None:
@@ -34,7 +39,8 @@ def test_folders_links_and_names(tmp_path: Path) -> None:
     (data / "dangling.jsonl").unlink()
     assert [s.path for s in list_sources([f"{data}/*.jsonl"])[0]] == [f"{data}/b.jsonl"]
     assert [s.path for s in list_sources([f"{data}/a [1].jsonl.gz"])[0]] == [f"{data}/a [1].jsonl.gz"]
-    assert [s.path for s in list_sources([f"file://{data}"])[0]][-1] == f"file://{data}/b.jsonl"
+    by_url = [s.path for s in list_sources([f"file://{data}"])[0]]
+    assert by_url == [f"file://{s.path}" for s in list_sources([str(data)])[0]]
     with pytest.raises(DataError, match="Named more than once"):
         list_sources([str(data), str(data / "b.jsonl")])
 
@@ -47,5 +53,71 @@ def test_a_store_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="Cannot find hf:some/data:train on the Hugging Face hub.*a connection"):
-        list_sources(["hf:some/data:train"])
+    with pytest.raises(DataError, match="Cannot list hf://datasets/some/data/en: .*offline mode is enabled"):
+        list_sources(["hf://datasets/some/data/en"])
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as reading a data set takes: two commits, of which only the present one is served."""
+
+    commit, lines = "a" * 40, b'{"text": "one"}\n{"text": "two"}\n'
+
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        what, revision, *place = url.path.removeprefix("/api").split("/")[4:] or ["", "main"]
+        form = urllib.parse.parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
+        known = revision in (self.commit, "main")
+        entries = {"en": "directory", "en/a.jsonl": "file"}
+        if what == "tree":
+            entries = {
+                path: kind for path, kind in entries.items() if path.startswith("/".join([*place, ""]).lstrip("/"))
+            }
+        elif what == "paths-info":
+            entries = {path: kind for path, kind in entries.items() if path in form["paths"]}
+        answer: Any = {"id": "some/data", "sha": self.commit, "siblings": []}
+        if what in ("tree", "paths-info"):
+            size = len(self.lines)
+            answer = [{"type": t, "path": p, "size": size, "oid": self.commit} for p, t in entries.items()]
+        body = json.dumps(answer).encode()
+        if what == "resolve":
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            body = self.lines[int(first) : int(last) + 1]
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_hub_data_set_is_read_at_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub.utils import reset_sessions
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    files = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    reset_sessions()
+    HfFileSystem.clear_instance_cache()
+    try:
+        for name in ("hf://datasets/some/data/en", "hf://datasets/some/data/en/*.jsonl"):
+            ((source,), _) = list_sources([name])
+            assert source.path == f"hf://datasets/some/data@{'a' * 40}/en/a.jsonl"
+        assert [piece.payload for piece in read_pieces(source, 0, 1 << 20, "text")] == [Hub.lines]
+        monkeypatch.setattr(Hub, "commit", "b" * 40)
+        with pytest.raises(OSError, match="404"):  # not the other commit's content
+            list(read_pieces(source, 0, 1 << 20, "text"))
+        assert list_sources([name])[0] != [source]  # so a continued call is refused
+    finally:
+        server.shutdown()
+        server.server_close()
+        reset_sessions()
+        HfFileSystem.clear_instance_cache()

@@ -41,5 +41,5 @@ def test_verify(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[st
     (out / "manifest.json").write_text(json.dumps(changed))
     with pytest.raises(DataError, match="the manifest says"):
         verify(str(out))
-    with pytest.raises(DataError, match=r"Expected manifest\.json"):
+    with pytest.raises(DataError, match=r"Nothing to verify in .*: there is no manifest\.json"):
         verify(str(tmp_path))

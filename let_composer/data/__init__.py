@@ -1,16 +1,13 @@
-"""From text to shards: sources → reading → tokens → shards, driven by convert; training imports manifest alone."""
+"""From text to shards: sources → tokens → shards, driven by convert; training imports manifest alone."""
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTIAL", "DataError", "replacing", "write_json"]
-
-PARTIAL = ".partial"
+__all__ = ["DataError", "describe", "replacing", "write_json"]
 
 
 class DataError(ValueError):
@@ -20,7 +17,7 @@ class DataError(ValueError):
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside ``path``; the file or folder written there becomes ``path``, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f"{path.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
     if path.is_dir():
@@ -32,3 +29,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write a file that is whole or not there."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def describe(problem: dict[str, Any]) -> str:
+    """Say in a line what could not be read, and where."""
+    return f"{problem['path']}, line {problem['line']}: {problem['kind']}: {problem['message']}"

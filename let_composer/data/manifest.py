@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -38,25 +37,44 @@ def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
-def check_manifest(folder: str, tokenizer: Any, max_seq_len: int, cached: str | None = None) -> None:
+def read_manifest(folder: str) -> tuple[dict[str, Any] | None, str]:
+    """Read the manifest in a local or remote folder; None where there is none of ours, and why."""
+    file = join(folder, MANIFEST)
+    try:
+        if "://" in file:
+            from streaming.base.storage.download import CloudDownloader
+
+            with tempfile.TemporaryDirectory() as local:
+                CloudDownloader.direct_download(file, f"{local}/{MANIFEST}", timeout=20)
+                manifest = json.loads(Path(local, MANIFEST).read_text())
+        else:
+            manifest = json.loads(Path(file).read_text())
+        if {"fingerprint", "name", "vocabulary_size"} <= set(manifest["tokenizer"]) and manifest["sequence_length"]:
+            return manifest, ""
+        return None, f"its {MANIFEST} is not one of let-composer prepare"
+    except FileNotFoundError:
+        return None, f"there is no {MANIFEST}"
+    # Each store has its own exception for "no such file", and a file can hold anything.
+    except Exception as error:
+        return None, f"its {MANIFEST} cannot be read as one of let-composer prepare ({type(error).__name__}: {error})"
+
+
+def check_manifest(
+    manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: int, cached: str | None = None
+) -> None:
     """Refuse shards that were made for another tokenizer or sequence length, and a cache of other shards.
 
     Args:
-        folder: A split's folder, local or remote (``s3://`` and whatever else streaming downloads from).
+        manifest: What ``read_manifest`` found.
+        folder: The split's folder, where it was found.
         tokenizer: The run's Hugging Face tokenizer.
         max_seq_len: The run's sequence length, in tokens.
         cached: The folder that streaming keeps this split's shards in. Default: none, they are read where they are.
 
     Raises:
-        ValueError: The manifest beside the shards names another tokenizer or length, or the index in ``cached`` is not
-            the one of ``folder``; the message has both values. Shards without a manifest pass, and a line in the log
-            says so.
+        ValueError: The manifest names another tokenizer or length, or the index in ``cached`` is not the one of
+            ``folder``; the message has both values.
     """
-    if manifest := read_manifest(folder):
-        _check(manifest, folder, tokenizer, max_seq_len, cached)
-
-
-def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: int, cached: str | None) -> None:
     if (got := manifest["sequence_length"]) != max_seq_len:
         raise DataError(
             f"The shards in {folder} hold sequences of {got} tokens, but max_seq_len is {max_seq_len}. Set max_seq_len "
@@ -80,52 +98,11 @@ def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: i
         )
 
 
-def read_manifest(folder: str, above: bool = True) -> dict[str, Any] | None:
-    """Read the manifest in a folder or, on disk, in the one above it; None where there is none of ours."""
-    folder = join(folder)
-    unchecked = f"Neither the tokenizer nor the sequence length of the shards in {folder} was checked"
-    try:
-        if "://" in folder:
-            manifest = json.loads(_download(f"{folder}/{MANIFEST}"))
-        else:
-            paths = [path / MANIFEST for path in (Path(folder), *[Path(folder).parent] * above)]
-            path = next((path for path in paths if path.is_file()), None)
-            manifest = json.loads(path.read_text()) if path else None
-    # Each store has its own exception for "no such file"; a manifest is optional, and the data loader itself reports
-    # shards that cannot be reached.
-    except Exception as error:
-        log.warning("%s: cannot read %s (%s: %s).", unchecked, MANIFEST, type(error).__name__, error)
-        return None
-    made = manifest.get("tokenizer") if isinstance(manifest, dict) else None
-    if (
-        isinstance(made, dict)
-        and {"fingerprint", "name", "vocabulary_size"} <= set(made)
-        and "sequence_length" in (manifest or {})
-    ):
-        return manifest
-    missing = manifest is None
-    log.log(
-        logging.INFO if missing else logging.WARNING,
-        "%s: %s.",
-        unchecked,
-        f"there is no {MANIFEST}" if missing else f"its {MANIFEST} is not one of let-composer prepare",
-    )
-    return None
-
-
-def _download(url: str) -> str:
-    from streaming.base.storage.download import CloudDownloader
-
-    with tempfile.TemporaryDirectory() as folder:
-        local = os.path.join(folder, "file.json")
-        CloudDownloader.direct_download(url, local, timeout=20)
-        return Path(local).read_text()
-
-
 def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """Check the shards of all loaders of a training config: a transform that llm-foundry applies to every run.
 
-    Global rank 0 reads and tells the others, which wait for it, so that all ranks raise the same.
+    Each rank checks for itself: nodes have caches of their own. Shards without a manifest pass, and a warning in the
+    log says so.
 
     Args:
         config: A llm-foundry training config.
@@ -136,22 +113,19 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: What ``check_manifest`` raises.
     """
-    from composer.utils import dist, get_device
-
-    shards = list(_shards(config))
-    if not shards or not config.get("tokenizer"):
-        return config
-    verdict: list[Any] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            _check_all(config["tokenizer"], shards)
-        except DataError as error:
-            verdict = [str(error)]
-    if dist.get_world_size() > 1:
-        dist.initialize_dist(get_device(None), timeout=config.get("dist_timeout", 600.0))  # what comes next anyway
-        dist.broadcast_object_list(verdict)
-    if verdict[0]:
-        raise DataError(verdict[0])
+    tokenizer = None
+    for folder, cached, max_seq_len in _shards(config) if config.get("tokenizer") else ():
+        manifest, why_not = read_manifest(folder)
+        if manifest:
+            try:
+                tokenizer = tokenizer or _build_tokenizer(config["tokenizer"])
+            except (OSError, ValueError) as error:
+                why_not = f"the run's tokenizer cannot be built ({error})"
+            else:
+                check_manifest(manifest, folder, tokenizer, max_seq_len, cached)
+        if why_not:
+            message = "Neither the tokenizer nor the sequence length of the shards in %s was checked: %s."
+            log.warning(message, folder, why_not)
     return config
 
 
@@ -167,20 +141,11 @@ def _shards(config: dict[str, Any]) -> Iterator[tuple[str, str | None, int]]:
                     yield join(remote or local, split), cached, dataset["max_seq_len"]
 
 
-def _check_all(tokenizer: dict[str, Any], shards: list[tuple[str, str | None, int]]) -> None:
-    found = [(manifest, *about) for about in shards if (manifest := read_manifest(about[0]))]
-    if not found:
-        return
+def _build_tokenizer(config: dict[str, Any]) -> Any:
     from llmfoundry import registry
     from transformers import AutoTokenizer
 
     # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
-    make = registry.tokenizers.get(tokenizer["name"]) if tokenizer["name"] in registry.tokenizers else None
-    try:
-        kwargs = tokenizer.get("kwargs") or {}
-        built = make(**kwargs) if make else AutoTokenizer.from_pretrained(tokenizer["name"], **kwargs)
-    except (OSError, ValueError) as error:
-        log.warning("The shards were not checked: the tokenizer cannot be built (%s).", error)
-        return
-    for manifest, folder, cached, max_seq_len in found:
-        _check(manifest, folder, built, max_seq_len, cached)
+    name, kwargs = config["name"], config.get("kwargs") or {}
+    make = registry.tokenizers.get if name in registry.tokenizers else None
+    return make(name)(**kwargs) if make else AutoTokenizer.from_pretrained(name, **kwargs)

@@ -13,14 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from let_composer.data import PARTIAL, DataError, write_json
-from let_composer.data.manifest import join, read_manifest, tokenizer_fingerprint
+from let_composer.data import DataError, describe, write_json
+from let_composer.data.manifest import read_manifest, tokenizer_fingerprint
 from let_composer.data.sources import Source
-from let_composer.data.tokens import describe
 
-__all__ = ["Plan", "check_work", "clean", "finished", "load_tokenizer", "locked", "wanted", "work_folder"]
+__all__ = ["Plan", "claim", "clean", "finished", "load_tokenizer", "locked", "wanted", "work_folder"]
 
-FORMAT = 4  # raise it when the bytes written for the same input change
+FORMAT = 5  # raise it when the bytes written for the same input change
+VERSIONS = ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Plan:
     """Everything that decides the bytes written.
 
     Args:
-        inputs: Files, folders, URLs or ``hf:`` names.
+        inputs: Files, folders, globs or URLs.
         tokenizer: Name or folder of a Hugging Face tokenizer.
         sequence_length: Tokens a sample.
         validation: Share of documents, by hash of their text, that goes to the validation split. Default: ``0``.
@@ -54,18 +54,13 @@ class Plan:
     shard_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        if not self.inputs:
-            raise DataError("Expected at least one input file or folder, got none.")
-        if self.sequence_length < 1:
-            raise DataError(f"sequence_length must be at least 1, got {self.sequence_length}.")
-        if not 0 <= self.validation < 1:
-            raise DataError(
-                f"validation must be a share in [0, 1), got {self.validation}. 0.01 is one document in 100."
-            )
-        if self.on_error not in ("stop", "skip"):
-            raise DataError(f"on_error must be stop or skip, got {self.on_error!r}.")
-        if not (1 <= self.shard_bytes < 1 << 31 and self.piece_bytes >= 1):
-            raise DataError("shard_bytes must be in [1, 2**31) and piece_bytes at least 1.")
+        for name, right, expected in (
+            ("sequence_length", self.sequence_length >= 1, "at least 1"),
+            ("validation", 0 <= self.validation < 1, "a share in [0, 1), such as 0.01 for one document in 100"),
+            ("on_error", self.on_error in ("stop", "skip"), "stop or skip"),
+        ):
+            if not right:
+                raise DataError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -86,15 +81,12 @@ def load_tokenizer(name: str) -> Any:
 def wanted(plan: Plan, sources: list[Source]) -> tuple[dict[str, Any], str]:
     """Return the manifest as far as it is known before the work, and the tokenizer as workers take it."""
     tokenizer = load_tokenizer(plan.tokenizer)
-    table = tokenizer.get_vocab()
+    table, serialized = tokenizer.get_vocab(), tokenizer.backend_tokenizer.to_str()
     eos = plan.eos if plan.eos is not None else tokenizer.eos_token
     if (eos_id := table.get(eos)) is None:
         raise DataError(f"The text that ends a document must be one token of {plan.tokenizer}, got {eos!r}.")
     size = max(table.values()) + 1
-    serialized = tokenizer.backend_tokenizer.to_str()
-    arguments = dataclasses.asdict(plan)
-    for name in ("inputs", "tokenizer", "sequence_length"):
-        del arguments[name]
+    known = ("inputs", "tokenizer", "sequence_length")
     manifest = {
         "format": FORMAT,
         "tokenizer": {
@@ -108,9 +100,9 @@ def wanted(plan: Plan, sources: list[Source]) -> tuple[dict[str, Any], str]:
         "sequence_length": plan.sequence_length,
         # llm-foundry widens whatever integers it finds; torch reads uint16 but no other unsigned type as widely.
         "dtype": "uint16" if size <= 1 << 16 else "int32",
-        "arguments": arguments,
+        "arguments": {name: value for name, value in dataclasses.asdict(plan).items() if name not in known},
         "sources": [{"path": s.path, "bytes": s.size, "version": s.version} for s in sources],
-        "versions": {p: version(p) for p in ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")},
+        "versions": {package: version(package) for package in VERSIONS},
     }
     return manifest, serialized
 
@@ -119,10 +111,9 @@ def _different(found: dict[str, Any], expected: dict[str, Any], about: tuple[str
     """Say what decides the bytes and differs: no versions, nor ``on_error``: the same, as far as it gets."""
 
     def flat(manifest: dict[str, Any]) -> dict[str, Any]:
-        sources = [{k: s.get(k) for k in about} for s in manifest.get("sources", [])]
-        values = {k: manifest.get(k) for k in ("format", "sequence_length", "dtype")}
-        values |= {f"tokenizer {k}": v for k, v in manifest.get("tokenizer", {}).items()}
-        return values | manifest.get("arguments", {}) | {"sources": sources, "on_error": None}
+        values = {k: manifest.get(k) for k in ("format", "sequence_length", "dtype", "remote")}
+        values |= {f"tokenizer {k}": v for k, v in manifest.get("tokenizer", {}).items()} | manifest["arguments"]
+        return values | {"sources": [{k: s[k] for k in about} for s in manifest["sources"]], "on_error": None}
 
     def short(value: Any) -> str:
         text = json.dumps(value)
@@ -135,7 +126,7 @@ def _different(found: dict[str, Any], expected: dict[str, Any], about: tuple[str
 
 def finished(out: str, expected: dict[str, Any]) -> dict[str, Any] | None:
     """Return the manifest of an earlier call that did the same; refuse whatever else is there."""
-    found = read_manifest(out, above=False)
+    found, _ = read_manifest(out)
     if found is None:
         if "://" not in out and os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
             raise DataError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
@@ -151,51 +142,34 @@ def finished(out: str, expected: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def work_folder(out: str, work: str | None) -> Path:
-    """Return the folder of unfinished work, which nothing else may be in, after seeing that it can become ``out``."""
+    """Return the folder of unfinished work, which nothing else may be in."""
     target = Path(out if "://" in out else os.path.realpath(out))
-    name = f"{target.name}-{hashlib.sha256(join(out).encode()).hexdigest()[:8]}{PARTIAL}"
-    if "://" in out:
-        return Path(work or ".", name)
-    if work is None:
-        return target.with_name(f"{target.name}{PARTIAL}")
-    if target in (inside := Path(os.path.realpath(work)), *inside.parents):
+    inside = Path(os.path.realpath(work or ("." if "://" in out else target.parent)))
+    if target in (inside, *inside.parents):
         raise DataError(
             f"--work {work} is --out or inside it, which appears only when all is done. Name another folder."
         )
-    inside.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    probe = inside / f"{name}.{os.getpid()}"
-    probe.touch()
-    try:
-        probe.rename(target.parent / probe.name).unlink()
-    except OSError as error:
-        probe.unlink()
-        raise DataError(
-            f"--work {work} must be on the disk of --out {out}, as the finished folder is renamed ({error.strerror})."
-        ) from error
-    return inside / name
+    return inside / f"{target.name}.partial"
 
 
-def check_work(folder: Path, expected: dict[str, Any]) -> None:
+def claim(folder: Path, expected: dict[str, Any]) -> None:
     """Claim a new folder for this plan, or go on in one that was claimed for the same; it is locked."""
-    plan_file = folder / "plan.json"
-    if plan_file.exists():
-        if different := _different(json.loads(plan_file.read_text()), expected, ("path", "bytes", "version")):
+    plan = folder / "plan.json"
+    if plan.exists():
+        if different := _different(json.loads(plan.read_text()), expected, ("path", "bytes", "version")):
             raise DataError(
                 f"{folder} holds the unfinished work of another call ({different}). Finish that call, or remove it: "
                 f"rm -r {folder}"
             )
-        for path in [*folder.rglob(f"*{PARTIAL}")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif any(not path.name.endswith(PARTIAL) for path in folder.iterdir()):
+    elif any(path.name != "plan.json.writing" for path in folder.iterdir()):
         raise DataError(f"{folder} is wanted for unfinished work, but holds something else. Choose another --work.")
-    write_json(plan_file, expected)
-    (folder / "pieces").mkdir(exist_ok=True)
-    (folder / "out").mkdir(exist_ok=True)
+    write_json(plan, expected)
+    for name in ("pieces", "out"):
+        (folder / name).mkdir(exist_ok=True)
 
 
 def clean(folder: Path) -> None:
-    """Remove what ``check_work`` and the work made, and the folder if nothing else is in it; it is locked."""
+    """Remove what ``claim`` and the work made, and the folder if nothing else is in it; it is locked."""
     if (folder / "plan.json").exists():
         for name in ("pieces", "out"):
             shutil.rmtree(folder / name, ignore_errors=True)

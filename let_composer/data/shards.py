@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from multiprocessing.connection import wait
@@ -18,11 +19,21 @@ import numpy as np
 
 from let_composer.data import DataError, replacing, write_json
 from let_composer.data.plan import Plan
-from let_composer.data.reading import Piece
+from let_composer.data.sources import Piece
 from let_composer.data.streams import PILE_WEIGHTS
-from let_composer.data.tokens import STRETCH, UNLABELLED, Documents, Encoder
+from let_composer.data.tokens import STRETCH, UNLABELLED, Encoder, documents
 
-__all__ = ["HASH", "SPLITS", "Job", "folder_name", "leftovers", "start_worker", "upload", "write_piece", "write_shards"]
+__all__ = [
+    "HASH",
+    "SPLITS",
+    "Job",
+    "leftovers",
+    "start_worker",
+    "stream_folder",
+    "upload",
+    "write_piece",
+    "write_shards",
+]
 
 SPLITS = ("train", "val")
 HASH = "xxh128"
@@ -39,9 +50,9 @@ class Job:
     work: Path
     remote: str | None
 
-    def record(self, piece: str) -> Path:
-        """Where a piece's record is, once all else of the piece is there."""
-        return self.work / "pieces" / f"{piece}.json"
+    def record(self, piece: str, suffix: str = ".json") -> Path:
+        """Where a piece's record is, once all else of the piece is there, or its tokens that are left over."""
+        return self.work / "pieces" / f"{piece}{suffix}"
 
 
 _job: Job
@@ -60,52 +71,59 @@ def start_worker(job: Job, environment: dict[str, str]) -> None:
 
 def write_piece(piece: Piece) -> set[str]:
     """Write a piece's shards, what is too little for one, and the record that says so; returns the subsets found."""
-    documents = Documents(piece, _job.plan.text_key, _job.plan.by_subset, _job.plan.on_error == "stop")
-    end = np.array([_job.eos], _job.dtype)
-    found: dict[tuple[str, str], Any] = {}
-    pending: list[tuple[Any, str]] = []
-    length = 0
+    plan, end = _job.plan, np.array([_job.eos], _job.dtype)
+    problems, counts = [], Counter()
+    streams: dict[str, Any] = defaultdict(lambda: {"documents": 0, "bytes": 0, "parts": []})
+    batch: list[tuple[list[np.ndarray], str]] = []
 
     def encode() -> None:
-        for (about, _), ids in zip(pending, _encoder([text for _, text in pending]), strict=True):
-            about["parts"] += ids, end
-        pending.clear()
+        for (parts, _), ids in zip(batch, _encoder([text for _, text in batch]), strict=True):
+            parts += ids, end
+        batch.clear()
 
-    for text, subset, place, size in documents:
-        key = subset, SPLITS[place < _job.plan.validation]
-        about = found.setdefault(key, {"documents": 0, "bytes": 0, "parts": []})
+    length = 0
+    for text, subset, place, size in documents(piece, plan, problems, counts):
+        about = streams[f"{subset}/{SPLITS[place < plan.validation]}"]
         about["documents"] += 1
         about["bytes"] += size
-        pending.append((about, text))
-        length += len(text)
-        if length >= STRETCH:
+        batch.append((about["parts"], text))
+        if (length := length + len(text)) >= STRETCH:
             encode()
             length = 0
     encode()
-    streams, left = {}, [end[:0]]
-    for (subset, split), about in sorted(found.items()):
+    left = {}
+    for stream, about in streams.items():
         tokens = np.concatenate(about.pop("parts"))
-        rest = len(tokens) % _job.plan.sequence_length
-        whole = len(tokens) - rest if tokens.nbytes >= _job.plan.piece_bytes >> 7 else 0  # no tiny shards
-        folder = f"{folder_name(subset)}{split}/{piece.name}"
-        shards = write_shards(_job, folder, tokens[:whole].reshape(-1, _job.plan.sequence_length)) if whole else []
-        left_at = sum(map(len, left))
-        left.append(tokens[whole:])
-        about |= {"tokens": len(tokens), "left": len(tokens) - whole, "left_at": left_at, "shards": shards}
-        streams[f"{subset}/{split}"] = about
-    with replacing(_job.work / "pieces" / f"{piece.name}.left") as partial:
-        np.concatenate(left).tofile(partial)
-    record = {"streams": streams, "problems": documents.problems, "problem_counts": documents.counts}
-    write_json(_job.record(piece.name), record)
-    return {subset for subset, _ in found}
+        whole = len(tokens) // plan.sequence_length * plan.sequence_length
+        if tokens.nbytes < plan.piece_bytes >> 7:  # no tiny shards
+            whole = 0
+        folder = f"{stream_folder(stream)}/{piece.name}"
+        about["shards"] = write_shards(_job, folder, tokens[:whole].reshape(-1, plan.sequence_length)) if whole else []
+        about["tokens"], left[stream] = len(tokens), tokens[whole:]
+    with replacing(_job.record(piece.name, ".npz")) as partial, partial.open("wb") as file:
+        np.savez(file, **left)
+    write_json(_job.record(piece.name), {"streams": streams, "problems": problems, "problem_counts": counts})
+    return {stream.rpartition("/")[0] for stream in streams}
 
 
-def folder_name(subset: str) -> str:
-    """Return ``"name/"`` for a subset, ``""`` for none; the names of any two subsets differ."""
+def leftovers(job: Job, stream: str, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield samples of what a stream's pieces left over, in their order."""
+    rest = np.empty(0, job.dtype)
+    for piece in pieces:
+        with np.load(job.record(piece, ".npz")) as left:
+            rest = np.concatenate([rest, left[stream]])
+        whole = len(rest) // job.plan.sequence_length * job.plan.sequence_length
+        yield from rest[:whole].reshape(-1, job.plan.sequence_length)
+        rest = rest[whole:]
+
+
+def stream_folder(stream: str) -> str:
+    """Return the folder of ``"subset/split"``; those of any two subsets differ."""
+    subset, _, split = stream.rpartition("/")
     slug = re.sub(r"[^a-z0-9]+", "-", subset.lower()).strip("-")[:60]
-    if subset in PILE_WEIGHTS or subset in ("", UNLABELLED):
-        return f"{slug}/" if slug else ""
-    return f"{slug}-{blake2b(subset.encode(), digest_size=3).hexdigest()}/"
+    if not (subset in PILE_WEIGHTS or subset in ("", UNLABELLED)):
+        slug += f"-{blake2b(subset.encode(), digest_size=3).hexdigest()}"
+    return f"{slug}/{split}" if slug else split
 
 
 def write_shards(job: Job, folder: str, samples: Iterable[np.ndarray]) -> list[dict[str, Any]]:
@@ -114,39 +132,21 @@ def write_shards(job: Job, folder: str, samples: Iterable[np.ndarray]) -> list[d
 
     out = job.work / "out"
     with replacing(out / folder) as partial:
-        column = {"tokens": f"ndarray:{job.dtype}:{job.plan.sequence_length}"}
-        writer = MDSWriter(
-            columns=column, out=str(partial), compression="zstd", hashes=[HASH], size_limit=job.plan.shard_bytes
-        )
+        columns = {"tokens": f"ndarray:{job.dtype}:{job.plan.sequence_length}"}
+        options: Any = {"compression": "zstd", "hashes": [HASH], "size_limit": job.plan.shard_bytes}
+        writer = MDSWriter(columns=columns, out=str(partial), **options)
         for sample in samples:
             writer.write({"tokens": sample})
         # Not finish, which writes an index that is not wanted and sleeps a second for uploads that there are none of.
         writer.flush_shard()
         writer.executor.shutdown()
-    shards: list[dict[str, Any]] = writer.shards
-    name = folder.rpartition("/")[2]
-    for info in shards:
-        for part in ("raw_data", "zip_data"):
-            info[part]["basename"] = f"{name}/{info[part]['basename']}"
+    for info in writer.shards:
+        for part in (info["raw_data"], info["zip_data"]):
+            part["basename"] = f"{folder.rpartition('/')[2]}/{part['basename']}"
     if job.remote:
-        files = [f"{folder}/{path.name}" for path in sorted((out / folder).iterdir())]
-        upload(out, job.remote, files)
+        upload(out, job.remote, [f"{folder}/{name}" for name in sorted(os.listdir(out / folder))])
         shutil.rmtree(out / folder)
-    return shards
-
-
-def leftovers(job: Job, stream: str, records: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Yield samples of what a stream's pieces left over, in their order."""
-    rest = np.empty(0, job.dtype)
-    for name, record in records.items():
-        if stream not in record["streams"]:
-            continue
-        left, start = record["streams"][stream]["left"], record["streams"][stream]["left_at"] * rest.itemsize
-        file = job.work / "pieces" / f"{name}.left"
-        rest = np.concatenate([rest, np.fromfile(file, job.dtype, count=left, offset=start)])
-        whole = len(rest) // job.plan.sequence_length * job.plan.sequence_length
-        yield from rest[:whole].reshape(-1, job.plan.sequence_length)
-        rest = rest[whole:]
+    return writer.shards
 
 
 def upload(root: Path, remote: str, files: list[str]) -> None:

@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
+import yaml
+
 from let_composer.data import DataError
+from let_composer.data.manifest import join
 
 __all__ = ["PILE_WEIGHTS", "check_proportions", "streams_block"]
 
@@ -40,28 +43,19 @@ def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, flo
         proportions: Share of each subset in the tokens that are trained on. Default: the Pile's published shares, which
             are of bytes, turned into tokens, when all subsets are the Pile's, and else their token counts.
     """
-    streams = {
-        name: about["splits"]["train"] | {"folder": about["folder"]}
-        for name, about in manifest["streams"].items()
-        if about["splits"]["train"]["samples"]
-    }
-    check_proportions(proportions, set(streams), complete=True)
-    if proportions is None and all(name in PILE_WEIGHTS for name in streams):
-        proportions = {n: PILE_WEIGHTS[n] * s["tokens"] / s["bytes"] for n, s in streams.items()}
-    shares = proportions or {name: s["tokens"] for name, s in streams.items()}
-    remote, out = "://" in out, out.rstrip("/")
-    lines = ["# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split."]
-    if remote:
-        lines += [
-            "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it."
-        ]
-    lines += ["streams:"]
-    for name, about in streams.items():
-        key = about["folder"] or "all"
-        where = f"{out}/{about['folder']}".rstrip("/")
-        lines += [f"  {key}:  # {about['tokens']:,} tokens"]
-        lines += (
-            [f"    remote: {where}", f"    local: ${{variables.cache}}/{key}"] if remote else [f"    local: {where}"]
-        )
-        lines += ["    split: train", f"    proportion: {shares[name] / sum(shares.values()):.6g}"]
-    return "\n".join(lines) + "\n"
+    trains = {name: about["splits"]["train"] for name, about in manifest["streams"].items()}
+    shares: dict[str, float] = {name: train["tokens"] for name, train in trains.items() if train["samples"]}
+    check_proportions(proportions, set(shares), complete=True)
+    if all(name in PILE_WEIGHTS for name in shares):
+        shares = {name: PILE_WEIGHTS[name] * trains[name]["tokens"] / trains[name]["bytes"] for name in shares}
+    shares = proportions or shares
+    text = "# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split.\n"
+    if "://" in out:
+        text += "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it.\n"
+    streams = {}
+    for name in sorted(shares):
+        key = manifest["streams"][name]["folder"] or "all"
+        where = join(out, manifest["streams"][name]["folder"])
+        place = {"remote": where, "local": f"${{variables.cache}}/{key}"} if "://" in out else {"local": where}
+        streams[key] = {**place, "split": "train", "proportion": float(f"{shares[name] / sum(shares.values()):.6g}")}
+    return text + yaml.safe_dump({"streams": streams}, sort_keys=False)

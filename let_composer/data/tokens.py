@@ -2,30 +2,33 @@
 
 import contextlib
 import hashlib
+import io
 import json
-import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from let_composer.data import DataError
-from let_composer.data.reading import Piece
+from let_composer.data import DataError, describe
+from let_composer.data.plan import Plan
+from let_composer.data.sources import Piece
 
-__all__ = ["UNLABELLED", "Documents", "Encoder", "describe"]
-
-log = logging.getLogger(__name__)
+__all__ = ["PROBLEMS_KEPT", "UNLABELLED", "Encoder", "documents"]
 
 UNLABELLED = "unlabelled"
-STRETCH = 1 << 20  # characters given to the tokenizer at a time: an encoding takes some 100 bytes a token
+STRETCH = 1 << 20  # characters given to the tokenizer at a time
 WINDOW = 256
-TRIES = 8
 PROBLEMS_KEPT = 100
 
 
 class Encoder:
-    """A tokenizer that reads special tokens as plain text and cuts long texts only where that changes no id."""
+    """A tokenizer that reads special tokens as plain text.
+
+    It takes some 100 bytes of memory a token. A long text is cut at line ends that change no id; what has none is
+    tokenized at once.
+    """
 
     def __init__(self, tokenizer: str, dtype: str) -> None:
         self.tokenizer, self.dtype = Tokenizer.from_str(tokenizer), dtype
@@ -36,112 +39,76 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Encode texts that together hold about ``STRETCH`` characters, unless one alone is longer."""
-        short = iter(self._encode([text for text in texts if len(text) <= STRETCH]))
-        return [
-            next(short) if len(text) <= STRETCH else np.concatenate([self._encode([s])[0] for s in self._cut(text)])
-            for text in texts
-        ]
+        if all(len(text) <= STRETCH for text in texts):
+            return self._encode(texts)
+        return [np.concatenate([self._encode([part])[0] for part in self._stretches(text)]) for text in texts]
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [
-            np.array(encoding.ids, self.dtype)
-            for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
-    def _cut(self, text: str) -> Iterator[str]:
+    def _stretches(self, text: str) -> Iterator[str]:
         start = 0
         while len(text) - start > STRETCH:
-            cut = self._place(text, start + STRETCH // 2, start + STRETCH)
-            if not cut:
-                log.warning(
-                    "This tokenizer gives other ids where a long document is cut, so its next %d characters are "
-                    "tokenized at once. That takes some 100 bytes a token.",
-                    len(text) - start,
-                )
+            line_end = text.rfind("\n", start + WINDOW, start + STRETCH)
+            for end in (line_end, line_end + 1) if line_end > 0 else ():
+                left, right = text[end - WINDOW : end], text[end : end + WINDOW]
+                first, second, whole = self._encode([left, right, left + right])
+                if np.array_equal(whole, np.concatenate([first, second])):
+                    yield text[start:end]
+                    start = end
+                    break
+            else:
                 break
-            yield text[start:cut]
-            start = cut
         yield text[start:]
 
-    def _place(self, text: str, low: int, high: int) -> int | None:
-        for mark in "\n ":
-            place = high
-            for _ in range(TRIES):
-                if (place := text.rfind(mark, low, place)) < 0:
-                    break
-                before, after = text[place - WINDOW : place], text[place : place + WINDOW]
-                whole, left, right = self._encode([before + after, before, after])
-                if np.array_equal(whole, np.concatenate([left, right])):
-                    return place
-        return None
 
+def documents(
+    piece: Piece, plan: Plan, problems: list[dict[str, Any]], counts: Counter[str]
+) -> Iterator[tuple[str, str, float, int]]:
+    """Yield text, subset, the text's place in [0, 1) by its hash, and its bytes.
 
-class Documents:
-    """The documents of a piece; what cannot be read is counted or, with ``stop``, raised as DataError."""
+    What cannot be read is raised as DataError or, to be skipped, counted, and the first of it added to ``problems``.
+    """
 
-    def __init__(self, piece: Piece, text_key: str, by_subset: bool, stop: bool) -> None:
-        self.piece, self.text_key, self.by_subset, self.stop = piece, text_key, by_subset, stop
-        self.problems: list[dict[str, Any]] = []
-        self.counts: dict[str, int] = {}
+    def problem(line: int, kind: str, message: str) -> None:
+        found = {"path": piece.path, "line": line, "kind": kind, "message": message[:200]}
+        if plan.on_error == "stop":
+            raise DataError(describe(found))
+        counts[kind] += 1
+        if len(problems) < PROBLEMS_KEPT:
+            problems.append(found)
 
-    def __iter__(self) -> Iterator[tuple[str, str, float, int]]:
-        """Yield text, subset, the text's place in [0, 1) by its hash, and its bytes."""
-        payload = self.piece.payload
-        lines: Any = payload if isinstance(payload, list) else _lines(payload)
-        for number, line in enumerate(lines, self.piece.first_line):
-            try:
-                if isinstance(line, bytes):
-                    if not line.strip():
-                        continue
-                    line = json.loads(line)
-                text = line.get(self.text_key) if isinstance(line, dict) else None
-                if isinstance(text, bytes):
-                    text = text.decode()
-                if not isinstance(text, str):
-                    expected = f"expected an object with a string under {self.text_key!r}, got {str(line)[:80]}"
-                    self._problem(number, "no text", expected)
-                elif not text or text.isspace():
-                    self._problem(number, "empty text", "the document holds no text")
-                else:
-                    yield text, _subset(line) if self.by_subset else "", *_digest(text)
-            except DataError:
-                raise
-            except UnicodeError as error:
-                self._problem(number, "invalid UTF-8", str(error))
-            except (ValueError, RecursionError) as error:
-                self._problem(number, "invalid JSON", str(error))
-
-    def _problem(self, line: int, kind: str, message: str) -> None:
-        problem = {"path": self.piece.path, "line": line, "kind": kind, "message": message[:200]}
-        if self.stop:
-            raise DataError(describe(problem))
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(problem)
-
-
-def describe(problem: dict[str, Any]) -> str:
-    """Say where and what it is, in a line."""
-    return f"{problem['path']}, line {problem['line']}: {problem['kind']}: {problem['message']}"
-
-
-def _lines(payload: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(payload):
-        end = payload.find(b"\n", start) + 1 or len(payload)
-        yield payload[start:end]
-        start = end
+    if piece.damage:
+        problem(**piece.damage)
+    for number, line in enumerate(io.BytesIO(piece.payload), piece.first_line):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+            text = row.get(plan.text_key) if isinstance(row, dict) else None
+            about = (_subset(row) if plan.by_subset else "", *_digest(text)) if isinstance(text, str) else None
+        except UnicodeError as error:
+            problem(number, "invalid UTF-8", str(error))
+        except (ValueError, RecursionError) as error:
+            problem(number, "invalid JSON", str(error))
+        else:
+            if not about:
+                got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
+                problem(number, "no text", f"expected an object with a string under {plan.text_key!r}, got {got[:80]}")
+            elif not text or text.isspace():
+                problem(number, "empty text", "the document holds no text")
+            else:
+                yield text, *about
 
 
 def _subset(row: dict[str, Any]) -> str:
     meta = row.get("meta")
-    if isinstance(meta, str | bytes):
+    if isinstance(meta, str):
         with contextlib.suppress(ValueError):
             meta = json.loads(meta)
     name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
-    if isinstance(name, bytes):
-        name = name.decode()
-    return name if isinstance(name, str) else UNLABELLED
+    return name.encode().decode() if isinstance(name, str) else UNLABELLED  # lone surrogates are an error here
 
 
 def _digest(text: str) -> tuple[float, int]:

@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from let_composer.data import DataError
-from let_composer.data.manifest import MANIFEST, join, read_manifest
+from let_composer.data.manifest import join, read_manifest
 from let_composer.data.plan import load_tokenizer
 from let_composer.data.shards import HASH
 
@@ -16,9 +16,7 @@ __all__ = ["add_arguments", "run", "verify"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take the command line's arguments."""
     parser.add_argument("out", metavar="OUT", help="what let-composer prepare made, local or remote")
-    parser.add_argument(
-        "--samples", type=int, default=2, help="how many of each split to decode and print (%(default)s)"
-    )
+    parser.add_argument("--samples", type=int, default=2, help="how many of each split to print as text (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,39 +37,40 @@ def verify(out: str, samples: int = 2) -> dict[str, int]:
     Raises:
         DataError: Something read differs from the manifest.
     """
+    manifest, why_not = read_manifest(out)
+    if manifest is None:
+        raise DataError(f"Nothing to verify in {out}: {why_not}.")
+    tokenizer, read = load_tokenizer(manifest["tokenizer"]["name"]), {}
+    splits = [(about["folder"], *split) for about in manifest["streams"].values() for split in about["splits"].items()]
+    for folder, split, counts in splits:
+        if not counts["samples"]:
+            continue
+        where, tokens = join(out, folder, split), 0
+        for number, sample in enumerate(_samples(where)):
+            tokens += len(sample)
+            if (largest := int(sample.max())) >= manifest["tokenizer"]["vocabulary_size"]:
+                raise DataError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
+            if number < samples:
+                print(f"--- {where}, sample {number}:\n{tokenizer.decode(sample.tolist())}\n")
+        if tokens != counts["tokens"]:
+            raise DataError(f"{where}: the manifest says {counts['tokens']} tokens, read {tokens}.")
+        print(f"{where}: {counts['samples']:,} samples, {tokens:,} tokens, hashes right.", file=sys.stderr)
+        read[where] = tokens
+    return read
+
+
+def _samples(where: str) -> Any:
     from streaming import Stream
     from streaming.base.world import World
 
-    if (manifest := read_manifest(out, above=False)) is None:
-        raise DataError(f"Expected {MANIFEST} in {out}, found none of ours: was it made by let-composer prepare?")
-    tokenizer = load_tokenizer(manifest["tokenizer"]["name"])
-    read = {}
-    for about in manifest["streams"].values():
-        for split, counts in about["splits"].items():
-            if not counts["samples"]:
-                continue
-            where = join(out, about["folder"], split)
-            tokens, largest, shown = 0, 0, samples
-            with tempfile.TemporaryDirectory() as cache:
-                # As from a store: only what is downloaded and decompressed has its hashes checked.
-                stream = Stream(remote=where, local=cache, validate_hash=HASH, download_retry=2, download_timeout=60)
-                stream.apply_default({"split": "", "keep_zip": False})
-                try:
-                    for shard in stream.get_shards(World.detect(), allow_unsafe_types=False):
-                        stream.prepare_shard(shard)
-                        for number in range(shard.samples):
-                            sample: Any = shard[number]["tokens"]
-                            tokens += len(sample)
-                            largest = max(largest, int(sample.max()))
-                            if (shown := shown - 1) >= 0:
-                                print(f"--- {where}, sample {number}:\n{tokenizer.decode(sample.tolist())}\n")
-                        shard.evict()
-                except (ValueError, RuntimeError, OSError) as error:
-                    raise DataError(f"{where} cannot be read back: {error}") from error
-            if tokens != counts["tokens"]:
-                raise DataError(f"{where}: the manifest says {counts['tokens']} tokens, read {tokens}.")
-            if largest >= manifest["tokenizer"]["vocabulary_size"]:
-                raise DataError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
-            print(f"{where}: {counts['samples']:,} samples, {tokens:,} tokens, hashes right.", file=sys.stderr)
-            read[where] = tokens
-    return read
+    with tempfile.TemporaryDirectory() as cache:
+        # As from a store: only what is downloaded and decompressed has its hashes checked.
+        stream = Stream(remote=where, local=cache, validate_hash=HASH, download_retry=2, download_timeout=60)
+        stream.apply_default({"split": "", "keep_zip": False})
+        try:
+            for shard in stream.get_shards(World.detect(), allow_unsafe_types=False):
+                stream.prepare_shard(shard)
+                yield from (shard[number]["tokens"] for number in range(shard.samples))
+                shard.evict()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise DataError(f"{where} cannot be read back: {error}") from error
