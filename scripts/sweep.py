@@ -20,6 +20,7 @@ import fcntl
 import fnmatch
 import functools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -39,6 +40,8 @@ from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
 from let_composer import comparing
+from let_composer.cli import told
+from let_composer.configuration import read_yaml
 from let_composer.options import nearest
 
 __all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
@@ -75,9 +78,8 @@ def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = Non
     Raises:
         ValueError: If keys are missing or unknown, or a table names an arm that is not there.
     """
-    experiment = om.load(path)
-    keys = set(experiment) if isinstance(experiment, DictConfig) else set()
-    if not isinstance(experiment, DictConfig) or keys != KEYS:
+    experiment = read_yaml(str(path))
+    if (keys := set(experiment)) != KEYS:
         wrong = ", ".join(map(str, sorted(keys ^ KEYS)))
         raise ValueError(f"expected {path} to have the keys {', '.join(sorted(KEYS))}; missing or unknown: {wrong}.")
     experiment.base = str(Path(path).parent / experiment.base)
@@ -222,17 +224,20 @@ def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*")
             teachers = _teachers(job for found in shown.values() for job in found)
             teacher = runs / next(iter(teachers)) if len(teachers) == 1 else None
             comparing.compare(paths, teacher, runs / re.sub(r"\W+", "-", str(name)))
-    sections = []
+    sections = ["## Every arm", "", *HEAD, *rows, ""] if rows else []
+    if sections:  # before the overview: what is measured must not be lost with it
+        _write_page(page, sections)
     if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
+        lines = ["## What guidance saves, over the lead of its teacher", "", *_overview_table(points), ""]
+        _write_page(page, [*lines, *sections])
         draw(points, runs / "overview")
-        sections += ["## What guidance saves, over the lead of its teacher", "", *_overview_table(points), ""]
-    if rows:
-        sections += ["## Every arm", "", *HEAD, *rows, ""]
-    if sections:
-        written = page.read_text() if page.exists() else f"# {page.stem}\n\n"
-        partial = page.with_name(f"{page.name}.partial")
-        partial.write_text("\n".join([written.partition(MARK)[0] + MARK, "", _conditions(), "", *sections]))
-        partial.replace(page)
+
+
+def _write_page(page: Path, sections: list[str]) -> None:
+    written = page.read_text() if page.exists() else f"# {page.stem}\n\n"
+    partial = page.with_name(f"{page.name}.partial")
+    partial.write_text("\n".join([written.partition(MARK)[0] + MARK, "", _conditions(), "", *sections]))
+    partial.replace(page)
 
 
 def _teachers(jobs: Iterable[Job]) -> frozenset[str]:
@@ -287,7 +292,7 @@ class Point:
 
     method: str
     arm: str  # by its name for people
-    lead: float  # of the teacher: the baseline's final loss minus the teacher's, in nats per token
+    lead: float | None  # of the teacher: the baseline's final loss minus its own, in nats; None if not trained here
     gain: float  # the baseline's final loss minus the arm's
     share: dict[str, float] | None  # of the baseline's tokens, until its final loss: over seeds; None if never reached
     seeds: int
@@ -309,7 +314,8 @@ def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
                 seeds = [seed for name, seed in done if name == arm and (baseline, seed) in done]
                 if not seeds:
                     continue
-                teacher = comparing.read_run(runs / next(iter(done[arm, seeds[0]].needs)))
+                needs = done[arm, seeds[0]].needs
+                teacher = comparing.read_run(runs / next(iter(needs))) if len(needs) == 1 else None
                 found = {
                     name: [comparing.read_run(runs / done[name, seed].name) for seed in seeds]
                     for name in (baseline, arm)
@@ -321,13 +327,13 @@ def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
                     Point(
                         method=str(method),
                         arm=str(label),
-                        lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
+                        lead=teacher and summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
                         gain=plain["final_loss"]["mean"] - guided["final_loss"]["mean"],
                         share=reached and {**reached, **{k: reached[k] / whole for k in ("mean", "min", "max")}},
                         seeds=len(seeds),
                     )
                 )
-    return sorted(points, key=lambda point: (point.method, -point.lead))
+    return sorted(points, key=lambda point: (point.method, -math.inf if point.lead is None else -point.lead))
 
 
 def draw(points: list[Point], out: Path) -> None:
@@ -345,6 +351,8 @@ def draw(points: list[Point], out: Path) -> None:
         own = [point for point in points if point.method == method]
         axis.plot([], [], "o", color=color, ms=8, label=method)
         for point in own:
+            if point.lead is None:
+                continue
             height = 100 * point.share["mean"] if point.share else 104 + 4 * number  # above, a row for each method
             axis.plot(point.lead, height, "o" if point.share else "^", color=color, ms=8)
             if point.share:
@@ -390,16 +398,19 @@ def _overview_table(points: list[Point]) -> list[str]:
     lines.append("|---|---|---|---|---|---|")
     for point in points:
         share = _cell(point.share, 1, ".0%", point.seeds) or "never"
-        lines.append(
-            f"| {point.method} | {point.arm} | {point.seeds} | {point.lead:+.2f} | {point.gain:+.3f} | {share} |"
-        )
+        lead = "not trained here" if point.lead is None else f"{point.lead:+.2f}"
+        lines.append(f"| {point.method} | {point.arm} | {point.seeds} | {lead} | {point.gain:+.3f} | {share} |")
     return lines
 
 
 def _conditions() -> str:
     import torch
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
     return (
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
@@ -451,7 +462,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"sweep: {error}")
+    sys.exit(told("sweep", main))

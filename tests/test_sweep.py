@@ -137,6 +137,28 @@ def test_the_overview_sets_what_an_arm_saves_against_the_lead_of_its_teacher(exp
     assert "good" in drawing and "bad: never" in drawing
 
 
+def test_a_teacher_that_was_not_trained_here_has_no_lead_and_the_page_comes_first(experiment, monkeypatch):
+    experiment.arms.guided.algorithms.let.teacher = "EleutherAI/pythia-14m"
+    jobs, runs, page = sweep.plan(experiment, [3]), Path("runs"), Path("page.md")
+    assert not any(job.needs for job in jobs)
+    runs.mkdir()
+    for job in jobs:
+        (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
+    losses = {"plain": (6.0, 5.0, 4.0), "guided": (5.0, 4.0, 3.5)}
+    monkeypatch.setattr(sweep.comparing, "read_run", lambda path: curve(path.name, *losses[path.name.split("-")[0]]))
+    monkeypatch.setattr(sweep.comparing, "compare", lambda *_: None)
+    monkeypatch.setattr(sweep.shutil, "which", lambda _: None)  # a machine without git
+    monkeypatch.setenv("PATH", "/nowhere")
+    sweep.tables(experiment, jobs, page)
+    assert "| LET | a small teacher | 1 | not trained here | +0.500 | 67% |" in page.read_text()
+    assert (runs / "overview.png").exists()
+    monkeypatch.setattr(sweep, "overview", lambda *_: 1 / 0)
+    page.unlink()
+    with pytest.raises(ZeroDivisionError):
+        sweep.tables(experiment, jobs, page)
+    assert "|  | with LET | 1 | 3.500 |" in page.read_text()
+
+
 def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
     job = sweep.plan(experiment)[1]
     assert not job.done(tmp_path)
