@@ -1,7 +1,6 @@
 """The GPU report's own doing: order, resumption, time limits. Its parts are tested where they are."""
 
 import json
-import sys
 import time
 
 import gpu_report as script  # scripts/benchmarks/gpu_report.py
@@ -73,11 +72,9 @@ def test_every_part_is_a_command_that_exists(tmp_path, flash, monkeypatch):
     assert "evidence-125m" not in [part.name for part in script.parts(tmp_path, "h200", flash, 139)]
     script.DATA.touch()
     found = script.parts(tmp_path, "h200", flash, 139)
-    assert [part.name for part in found][:3] == ["ceilings", "tests", "steps-1b4"]
+    assert [part.name for part in found][:3] == ["ceilings", "kernel-tests", "loss"]
     assert found[-1].name == "evidence-125m" and found.pop().command[-1].startswith("variables.attention") == flash
     for part in found:
         assert part.command[0] == "-m" or (script.ROOT / part.command[0]).exists()
         for word in part.command:
             assert not word.startswith("yamls/") or (script.ROOT / word).exists()
-    assert sum(part.limit for part in script.parts(tmp_path, "h100", flash, 79)[:-1]) < 45 * 60
-    assert sys.executable

@@ -217,7 +217,7 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
 def test_shards_made_otherwise_are_refused_before_training(shards, teacher_folder, changes, message):
     made = {"vocabulary_size": 62, "name": "here", "fingerprint": "sha256:0"}
     manifest = {"sequence_length": 16, "tokenizer": made, **changes}
-    (shards / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    (shards / "shards" / "train" / "manifest.json").write_text(json.dumps(manifest))
     path = shards / "run.yaml"
     path.write_text(SMALL_CPU.format(root=shards, let=f"  let: {{teacher: {teacher_folder}}}"))
     with pytest.raises(ValueError, match=message):
