@@ -5,7 +5,6 @@ import importlib
 import sys
 
 import let_composer
-from let_composer.options import nearest
 
 __all__ = ["VERBS", "main"]
 
@@ -42,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("verb", metavar="VERB")
     verb = top.parse_args(argv[:1]).verb
     if verb not in VERBS:
+        from let_composer.options import nearest  # takes seconds
+
         top.error(f"there is no verb {verb!r}{nearest(verb, VERBS)}.")
     module = importlib.import_module(VERBS[verb][0])
     parser = argparse.ArgumentParser(

@@ -6,8 +6,9 @@
 
 A run is a folder with TensorBoard's event files, or CSV from W&B or MLflow: one file, or a folder of one run's files.
 Names that end in -s1, _s1, -seed1 or _seed1 and differ in that alone are seeds of one arm; NAME=RUN says so otherwise,
-and patterns may stand for several runs. Prints a table and writes OUT.html (all in one page), OUT.png, OUT.svg and
-OUT.json. Times need Composer's speed monitor, memory its memory monitor, the teacher's compute LET's own metrics.
+and patterns may stand for several runs. pile/LanguageCrossEntropy is that of the evaluation loader pile; of accuracies
+more is better. Prints a table and writes OUT.html (all in one page), OUT.png, OUT.svg and OUT.json. Times need
+Composer's speed monitor, memory its memory monitor, the teacher's compute LET's own metrics.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from let_composer.data import replacing
 from let_composer.logs import METRIC, Curve, Run, read_run
 
 __all__ = ["add_arguments", "compare", "crossing", "group", "measure", "run", "spread", "summarize", "table", "verdict"]
@@ -32,13 +34,7 @@ Arms = dict[str, list[Run]]
 
 
 def group(arguments: Sequence[str]) -> dict[str, list[Path]]:
-    """Sort runs into arms.
-
-    Args:
-        arguments: Folders or CSV files, or NAME=RUN; patterns are expanded.
-
-    Returns:
-        Runs by arm, in the order of the arguments.
+    """Sort runs into arms: folders or CSV files, or NAME=RUN; patterns are expanded.
 
     Raises:
         ValueError: If a run does not exist or comes twice.
@@ -66,55 +62,44 @@ def _runs(pattern: str) -> list[Path]:
 def crossing(curve: Curve, level: float) -> float | None:
     """Where a falling curve first reaches a level, linear between its points; ``None`` if it never does."""
     x, y = curve
-    below = np.flatnonzero(y <= level)
-    if not len(below):
+    if not (below := np.flatnonzero(y <= level)).size:
         return None
-    i = int(below[0])
-    if i == 0:
-        return float(x[0])
-    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
+    i = slice(max(0, int(below[0]) - 1), int(below[0]) + 1)
+    return float(np.interp(-level, -y[i], x[i]))
 
 
-def measure(
-    run: Run, tokens: float, level: float, teacher: float | None = None, rising: bool = False
-) -> dict[str, Any]:
-    """The figures of one run.
+def measure(run: Run, tokens: float, level: float, teacher: float | None, sign: int) -> dict[str, Any]:
+    """The figures of one run: losses in the metric's unit, times in seconds, compute in the FLOPs of one token of plain
+    training; ``None`` for what was not logged or never happened.
 
     Args:
         run: The run.
         tokens: Where losses are compared.
         level: The loss to be reached, the baseline's final one.
-        teacher: The teacher's. Default: ``None``, unknown.
-        rising: Whether more is better. Default: ``False``.
-
-    Returns:
-        Losses in the metric's unit, times in seconds, compute in the FLOPs of one token of plain training; ``None``
-        for what was not logged or never happened.
+        teacher: The teacher's, or ``None``.
+        sign: ``-1`` if more is better, else ``1``.
     """
 
     def at(curve: Curve, tokens: float | None) -> float | None:
         value = np.nan if tokens is None else np.interp(tokens, *curve)
         return float(value) if np.isfinite(value) else None
 
-    def passes(level: float | None) -> float | None:
-        return None if level is None else crossing((run.loss[0], sign * run.loss[1]), sign * level)
-
-    sign = -1 if rising else 1
-    reached, x = passes(level), run.train_seconds[0]
-    batch = float(np.diff(x).max()) if len(x) > 1 else None
+    falling, end, x = (run.loss[0], sign * run.loss[1]), float(run.loss[0][-1]), run.train_seconds[0]
+    reached = crossing(falling, sign * level)
+    batch = float(np.diff(x).max()) if len(x) > 1 else np.nan
     return {
         "run": run.name,
-        "final_loss": at(run.loss, run.loss[0][-1]),
+        "final_loss": at(run.loss, end),
         "loss_at_equal_tokens": at(run.loss, tokens),
-        "tokens": float(run.loss[0][-1]),
-        "compute": at(run.compute, run.loss[0][-1]),
+        "tokens": end,
+        "compute": at(run.compute, end),
         "train_seconds": at(run.train_seconds, x[-1]),
         "tokens_to_baseline_loss": reached,
         "compute_to_baseline_loss": at(run.compute, reached),
         "seconds_to_baseline_loss": at(run.train_seconds, reached),
-        "tokens_to_teacher_loss": passes(teacher),
-        "guided_tokens_per_second": batch / run.guided_seconds if batch and run.guided_seconds else None,
-        "plain_tokens_per_second": batch / run.plain_seconds if batch and run.plain_seconds else None,
+        "tokens_to_teacher_loss": None if teacher is None else crossing(falling, sign * teacher),
+        "guided_tokens_per_second": batch / run.guided_seconds if run.guided_seconds else None,
+        "plain_tokens_per_second": batch / run.plain_seconds if run.plain_seconds else None,
         "peak_gb": run.peak_gb,
     }
 
@@ -128,32 +113,31 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"mean": float(np.mean(known)), "min": min(known), "max": max(known), "std": deviation, "n": len(known)}
 
 
-def summarize(arms: Arms, teacher: Run | None = None, rising: bool = False) -> dict[str, Any]:
+def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     """All figures: of each run, and their spread over an arm's seeds.
 
     Args:
         arms: Runs by arm; the first arm is the baseline. The loss to be reached is the mean of its seeds' final ones.
         teacher: The run that trained the teacher; its time is what a user who has no teacher pays on top.
-        rising: Whether more is better. Default: ``False``.
 
     Raises:
         ValueError: If the baseline's final loss is not a number, or the runs were compared by different metrics.
     """
-    baseline = next(iter(arms))
-    metrics = sorted({run.metric for runs in arms.values() for run in runs})
+    baseline, runs = next(iter(arms)), [run for own in arms.values() for run in own]
+    metrics = sorted({run.metric for run in runs})
     if len(metrics) > 1:
         raise ValueError(f"the runs were evaluated with different metrics: {', '.join(metrics)}. Choose with --metric.")
     level = float(np.mean([run.loss[1][-1] for run in arms[baseline]]))
     if not np.isfinite(level):
         raise ValueError(f"the final loss of {baseline} is {level}: nothing can be compared to it.")
-    tokens = float(min(run.loss[0][-1] for runs in arms.values() for run in runs))
-    teacher_loss = None if teacher is None else float(teacher.loss[1][-1])
+    tokens = float(min(run.loss[0][-1] for run in runs))
+    teacher_loss, rising = None if teacher is None else float(teacher.loss[1][-1]), "accuracy" in metrics[0].lower()
     rows = []
-    for arm, runs in arms.items():
-        seeds = [measure(run, tokens, level, teacher_loss, rising) for run in runs]
+    for arm in arms:
+        seeds = [measure(run, tokens, level, teacher_loss, -1 if rising else 1) for run in arms[arm]]
         over_seeds = {key: spread([seed[key] for seed in seeds]) for key in seeds[0] if key != "run"}
         rows.append({"arm": arm, "over_seeds": over_seeds, "seeds": seeds})
-    flops = [run.flops_per_token for runs in arms.values() for run in runs]
+    flops = [run.flops_per_token for run in runs]
     return {
         "metric": metrics[0],
         "rising": rising,
@@ -162,7 +146,7 @@ def summarize(arms: Arms, teacher: Run | None = None, rising: bool = False) -> d
         "equal_tokens": tokens,
         "flops_per_token": flops[0] if flops[0] and all(f and abs(f / flops[0] - 1) < 0.01 for f in flops) else None,
         "arms": rows,
-        "teacher": None if teacher is None else measure(teacher, teacher.loss[0][-1], -np.inf),
+        "teacher": None if teacher is None else measure(teacher, teacher.loss[0][-1], -np.inf, None, 1),
     }
 
 
@@ -176,11 +160,7 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"{baseline} ends at a {what} of {level:.3f}. {mean}"
     reached = [row for row in others if row["over_seeds"]["tokens_to_baseline_loss"]]
     if not reached:
-        ends = [row for row in others if row["over_seeds"]["final_loss"]]
-        sign = -1 if summary["rising"] else 1
-        near = min(ends, key=lambda row: sign * row["over_seeds"]["final_loss"]["mean"], default=None)
-        end = f" The nearest, {near['arm']}, ends at {near['over_seeds']['final_loss']['mean']:.3f}." if near else ""
-        return f"No arm reaches the final {what} of {baseline}, {level:.3f}.{end} {mean}"
+        return f"No arm reaches the final {what} of {baseline}, {level:.3f}. {mean}"
 
     def order(row: dict[str, Any]) -> tuple[bool, float]:
         tokens = row["over_seeds"]["tokens_to_baseline_loss"]
@@ -188,12 +168,12 @@ def verdict(summary: dict[str, Any]) -> str:
 
     best = min(reached, key=order)
     own, whole = best["over_seeds"], first["over_seeds"]
-    text = f"{own['tokens_to_baseline_loss']['mean'] / whole['tokens']['mean']:.0%} of its tokens"
+    some, tokens = int(own["tokens_to_baseline_loss"]["n"]), own["tokens_to_baseline_loss"]["mean"]
+    text = f"{tokens / whole['tokens']['mean']:.0%} of its tokens"
     if own["compute_to_baseline_loss"] and whole["compute"]:
         share = own["compute_to_baseline_loss"]["mean"] / whole["compute"]["mean"]
         text += f" and {share:.0%} of its compute, the teacher's forward included"
-    some = own["tokens_to_baseline_loss"]["n"]
-    only = "" if some == len(best["seeds"]) else f" Only {some:.0f} of its {len(best['seeds'])} seeds do."
+    only = "" if some == len(best["seeds"]) else f" Only {some} of its {len(best['seeds'])} seeds do."
     return f"{best['arm']} reaches the final {what} of {baseline}, {level:.3f}, after {text}.{only} {mean}"
 
 
@@ -251,7 +231,6 @@ def compare(
     teacher: str | Path | None = None,
     out: str | Path = "comparison",
     metric: str = METRIC,
-    rising: bool | None = None,
 ) -> dict[str, Any]:
     """Read runs, print their table, write OUT.html, OUT.png, OUT.svg and OUT.json, and return what is in the last.
 
@@ -260,25 +239,21 @@ def compare(
         teacher: The run that trained the teacher. Default: ``None``.
         out: Path without suffix. Default: ``"comparison"``.
         metric: As in :func:`let_composer.logs.resolve_metric`. Default: the validation loss.
-        rising: Whether more is better. Default: ``None``, which means for accuracies.
 
     Raises:
         ValueError: If a run cannot be read or compared.
     """
-    from let_composer.picture import draw, write_page
+    from let_composer.picture import write_pictures
 
-    rising = "accuracy" in metric.lower() if rising is None else rising
     runs = {arm: [read_run(path, metric) for path in paths] for arm, paths in arms.items()}
     teacher_run = read_run(teacher, metric) if teacher else None
-    summary = summarize(runs, teacher_run, rising)
+    summary = summarize(runs, teacher_run)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    draw(runs, summary, out, teacher_run)
-    write_page(runs, summary, out, teacher_run)
+    write_pictures(runs, summary, out, teacher_run)
     curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
     written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}
-    partial = Path(f"{out}.partial.json")
-    partial.write_text(json.dumps(written, indent=1, default=_plain, allow_nan=False))
-    os.replace(partial, f"{out}.json")
+    with replacing(Path(f"{out}.json")) as partial:
+        partial.write_text(json.dumps(written, indent=1, default=_plain, allow_nan=False))
     print(f"{verdict(summary)}\n\n{table(summary).T.to_string()}\n")
     print("Several seeds: mean (lowest..highest). Training the teacher is not counted.")
     print(f"written: {out}.html .png .svg .json")
@@ -296,17 +271,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="[NAME=]RUN; the first arm is the baseline")
     parser.add_argument("--teacher", metavar="RUN", help="the run that trained the teacher, for its cost and its loss")
     parser.add_argument("--out", default="comparison", help="where to write, without suffix (default: %(default)s)")
-    parser.add_argument(
-        "--metric",
-        default=METRIC,
-        help="a logged metric or its end, such as pile/LanguageCrossEntropy of the evaluation loader pile "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rising", action=argparse.BooleanOptionalAction, help="more is better (default: for accuracies alone)"
-    )
+    parser.add_argument("--metric", default=METRIC, help="a logged metric or its end (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out ``let-composer compare``."""
-    compare(group(args.runs), args.teacher, args.out, args.metric, args.rising)
+    compare(group(args.runs), args.teacher, args.out, args.metric)

@@ -6,220 +6,139 @@
 
 A model is a Hugging Face folder, a hub id, or a Composer checkpoint: its file, or the folder of a sharded one. A YAML
 of local files has llm-foundry's form (icl_tasks). acc takes the likeliest answer, acc_norm the likeliest for its
-length. Runs in one process. Needs the extra: pip install "let-composer[eval]".
+length. Needs the extra: pip install "let-composer[eval]".
 """
 
 import argparse
-import importlib.util
-import json
-import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
-from omegaconf import OmegaConf as om
 
-from let_composer.options import nearest
+from let_composer.configuration import read_yaml, refuse_unknown
+from let_composer.counting import quiet
+from let_composer.data import replacing
 
 __all__ = ["NINE", "add_arguments", "local_tasks", "open_model", "run", "score"]
 
 NINE = ["hellaswag", "winogrande", "lambada_openai", "openbookqa", "arc_easy", "arc_challenge", "piqa", "sciq", "boolq"]
+ACC, NORM = ({"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm"))
 # How lm-eval reads llm-foundry's items, by icl_task_type.
 KINDS: dict[str, dict[str, Any]] = {
     "multiple_choice": {"doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "gold"},
     "schema": {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"},
-    "language_modeling": {"doc_to_text": "{{context}}"},
+    "language_modeling": {"doc_to_text": "{{context}}", "output_type": "loglikelihood"},
 }
 
 
 def local_tasks(path: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """lm-eval's tasks for local files, and the share that guessing scores in each.
-
-    Args:
-        path: A YAML with llm-foundry's ``icl_tasks``.
-
-    Raises:
-        ValueError: If a file is missing, or a task is of another kind.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no list of tasks at {path} (from {Path.cwd()}).")
-    listed = om.load(path)
-    entries = listed.get("icl_tasks") if isinstance(listed, DictConfig) else None
-    if not entries:
-        raise ValueError(f"{path} names no tasks. Its icl_tasks is to list them.")
+    """lm-eval's tasks for the local files of a YAML's ``icl_tasks``, and the share that guessing scores in each."""
     tasks, chances = [], {}
-    for entry in entries:
-        kind, label, file = entry.icl_task_type, str(entry.label), Path(entry.dataset_uri)
-        if kind not in KINDS:
-            raise ValueError(f"{label} is of the kind {kind}; local files may hold {', '.join(KINDS)}.")
-        if not file.is_file():
-            raise ValueError(f"there is no data of task {label!r} at {file} (from {Path.cwd()}).")
-        items = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        answers = [len(item.get("choices") or item.get("context_options") or []) for item in items]
-        chances[label] = sum(1 / n for n in answers if n) / len(items)
-        delimiter = str(entry.get("continuation_delimiter", " "))
-        metrics = ["acc", "acc_norm"] if kind == "multiple_choice" else ["acc"]
-        tasks.append(
-            {
-                "task": label,
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
-                "test_split": "test",
-                "fewshot_split": "test",
-                "target_delimiter": delimiter,
-                "fewshot_delimiter": str(entry.get("example_delimiter", "\n\n")),
-                "output_type": "loglikelihood" if kind == "language_modeling" else "multiple_choice",
-                "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
-                **({"doc_to_target": delimiter + "{{continuation}}"} if kind == "language_modeling" else {}),
-                **KINDS[kind],
-            }
-        )
+    for entry in read_yaml(path).get("icl_tasks") or []:
+        kind, label, delimiter = entry.icl_task_type, str(entry.label), str(entry.get("continuation_delimiter", " "))
+        refuse_unknown(f"icl_task_type of {label}", [kind], KINDS)
+        with open(entry.dataset_uri, encoding="utf-8") as file:
+            answers = pd.read_json(file, lines=True).filter(["choices", "context_options"]).map(len)
+        chances[label] = float((1 / answers).sum(axis=1).mean())
+        task = {"task": label, "dataset_path": "json", "test_split": "test", "fewshot_split": "test"}
+        task |= {"dataset_kwargs": {"data_files": {"test": str(Path(entry.dataset_uri).resolve())}}}
+        task |= {"target_delimiter": delimiter, "fewshot_delimiter": str(entry.get("example_delimiter", "\n\n"))}
+        task |= {"doc_to_target": delimiter + "{{continuation}}", "output_type": "multiple_choice"}
+        tasks.append({**task, "metric_list": [ACC, NORM] if kind == "multiple_choice" else [ACC], **KINDS[kind]})
     return tasks, chances
 
 
-def open_model(name: str, trust_remote_code: bool = False) -> tuple[Any, Any, int]:
-    """A language model on the GPU if there is one, its tokenizer and its context.
-
-    Args:
-        name: A Hugging Face folder, a hub id, the file of a Composer checkpoint or the folder of a sharded one.
-        trust_remote_code: Whether code that comes with the model may run. Default: ``False``.
+def open_model(name: str) -> tuple[Any, Any]:
+    """A language model and its tokenizer, from a Hugging Face folder, the hub or a Composer checkpoint.
 
     Raises:
-        ValueError: If there is no such model.
+        ValueError, OSError: If there is no such model.
     """
     from composer.models import HuggingFaceModel
     from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name).expanduser()
-    weights: dict[str, torch.Tensor] = {}
+    AutoConfig.register("mpt", MPTConfig, exist_ok=True)  # transformers' own cannot read llm-foundry's
+    AutoModelForCausalLM.register(MPTConfig, MPTForCausalLM, exist_ok=True)
+    path, saved, weights = Path(name).expanduser(), {}, {}
     if path.is_file() or (path / ".metadata").exists():
-        state = _read_checkpoint(path)
-        entries = state["integrations"]["huggingface"]["model"]["config"]["content"]
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(
-                state["integrations"]["huggingface"], trust_remote_code, folder
-            )
-        if tokenizer is None:
-            raise ValueError(f"{name} holds no tokenizer. Export the model as a Hugging Face folder with one.")
-        weights = {key.removeprefix("model."): value for key, value in state["model"].items()}
+        saved, weights = _read_checkpoint(path)
+        config = AutoConfig.for_model(**saved["model"]["config"]["content"])
+    elif (path.is_dir() or name.startswith((".", "~", "/"))) and not (path / "config.json").exists():
+        inside = ", ".join(sorted(each.parent.name for each in path.glob("*/.metadata"))) or "none"
+        raise ValueError(f"{path} has neither config.json nor .metadata. Sharded checkpoints in it: {inside}.")
     else:
-        if path.is_dir() and not (path / "config.json").exists():
-            inside = sorted(str(each.parent.relative_to(path)) for each in path.glob("*/.metadata"))
-            hint = f" It holds the sharded checkpoints {', '.join(inside)}: give one of them." if inside else ""
-            raise ValueError(f"{name} has neither config.json (Hugging Face) nor .metadata (sharded Composer).{hint}")
-        if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-            raise ValueError(f"there is no model at {name} (from {Path.cwd()}).")
-        try:
-            entries = PretrainedConfig.get_config_dict(name)[0]
-        except OSError as error:
-            raise ValueError(f"there is no model {name!r} here or on the hub. ({error})") from error
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    model: Any
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    if entries.get("model_type") == "mpt" and "ffn_config" in entries:  # llm-foundry's; transformers has another
-        config: Any = MPTConfig(**{**entries, "init_device": "cpu"})
+        config = AutoConfig.from_pretrained(name)
+    if isinstance(config, MPTConfig):
+        config.init_device = "cpu"
         config.attn_config["attn_impl"] = "torch"
-        build: Any = MPTForCausalLM
-    else:
-        config = AutoConfig.for_model(**entries) if weights else None
-        build = AutoModelForCausalLM
-    if weights:
-        model = build(config) if build is MPTForCausalLM else build.from_config(config)
-        model.load_state_dict(weights)
-        model = model.to(dtype)
-    else:
-        options = {"config": config} if config is not None else {"trust_remote_code": trust_remote_code}
-        model = build.from_pretrained(name, torch_dtype=dtype, **options)
-    lengths = [entries.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    length = next((n for n in lengths if isinstance(n, int)), 2048)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, length
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if not saved:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, torch_dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        return model, HuggingFaceModel.load_huggingface_tokenizer_from_saved_state(saved, False, folder)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Model and integrations of a Composer checkpoint; the optimizer stays where it is."""
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What Hugging Face needs of a Composer checkpoint, and the weights; the optimizer's state stays where it is."""
+    from composer.utils.checkpoint import safe_torch_load
+    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+    loaded: dict[str, Any] = {}
     try:
         if path.is_file():
-            from composer.utils.checkpoint import safe_torch_load
-
-            state = safe_torch_load(str(path))["state"]
+            loaded = safe_torch_load(path)
         else:
-            from torch.distributed.checkpoint import FileSystemReader
-            from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-            from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-            loaded: dict[str, Any] = {}
             planner = _EmptyStateDictLoadPlanner(keys={"state.model", "state.integrations"})
             _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
-            state = loaded["state"]
-        state["integrations"]["huggingface"]["model"]["config"]["content"]
+        return loaded["state"]["integrations"]["huggingface"], loaded["state"]["model"]
     except (Exception, CheckpointException) as error:
-        raise ValueError(
-            f"{path} is not a Composer checkpoint of a Hugging Face or llm-foundry language model ({error!r})."
-        ) from error
-    return state
+        raise ValueError(f"{path} is not a Composer checkpoint of a Hugging Face model ({error!r}).") from error
 
 
-def score(
-    model: str,
-    tasks: Sequence[str | dict[str, Any]],
-    shots: int | None = 1,
-    limit: int | None = None,
-    batch_size: int = 8,
-    trust_remote_code: bool = False,
-) -> pd.DataFrame:
-    """Evaluate one model.
+def score(model: str, tasks: list[Any], **options: Any) -> pd.DataFrame:
+    """Scores of one model, a row for each task and metric; ``error`` is one standard error.
 
     Args:
         model: As in :func:`open_model`.
         tasks: Names of lm-eval's tasks, or its configurations of tasks.
-        shots: Worked examples before each item. Default: ``1``; ``None`` for each task's own number.
-        limit: Score only the first items of each task. Default: ``None``, all.
-        batch_size: Sequences at a time. Default: ``8``.
-        trust_remote_code: Whether code that comes with the model may run. Default: ``False``.
-
-    Returns:
-        A row for each task and metric: ``task``, ``metric``, ``items``, ``score`` and ``error``, one standard error.
+        options: ``batch_size``, and what lm-eval's ``simple_evaluate`` takes.
 
     Raises:
         ValueError: If lm-eval is not installed, or there is no such model or task.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError('lm-eval is not installed. Run: pip install "let-composer[eval]"')
-    import lm_eval
-    from lm_eval.models import huggingface
-    from lm_eval.tasks import TaskManager
-
-    from let_composer.counting import quiet
-
-    named = [task for task in tasks if isinstance(task, str)]
-    manager = TaskManager(include_defaults=bool(named))
-    for name in named:
-        if name not in manager.all_tasks:
-            raise ValueError(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}.")
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError('lm-eval is not installed. Run: pip install "let-composer[eval]"') from error
+    adapter, evaluate = cast(Any, HFLM), cast(Any, simple_evaluate)
+    manager = TaskManager(include_defaults=isinstance(tasks[0], str))
+    refuse_unknown("lm-eval", [task for task in tasks if isinstance(task, str)], manager.all_tasks)
     with quiet():
-        network, tokenizer, length = open_model(model, trust_remote_code)
-        adapter, evaluate = cast(Any, huggingface).HFLM, cast(Any, lm_eval).simple_evaluate
-        lm = adapter(
-            pretrained=network, tokenizer=tokenizer, backend="causal", max_length=length, batch_size=batch_size
-        )
-        found = evaluate(
-            lm, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, log_samples=False,
-            task_manager=manager,
-        )  # fmt: skip
-    rows = []
-    for task, values in cast(Any, found)["results"].items():
-        for metric in ("acc", "acc_norm"):
-            if (value := values.get(f"{metric},none")) is not None:
-                items = cast(Any, found)["n-samples"][task]["effective"]
-                rows.append((task, metric, items, value, (value * (1 - value) / items) ** 0.5))
-    return pd.DataFrame(rows, columns=pd.Index(["task", "metric", "items", "score", "error"]))
+        network, tokenizer = open_model(model)
+        network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        length = getattr(network.config, "max_seq_len", None)  # of MPT; lm-eval knows the others' names
+        lm = adapter(network, "causal", tokenizer=tokenizer, max_length=length, batch_size=options.pop("batch_size", 8))
+        options |= {"bootstrap_iters": 0, "log_samples": False, "task_manager": manager}
+        found = evaluate(lm, tasks=tasks, **options)
+    rows = [
+        (task, metric, items["effective"], found["results"][task][f"{metric},none"])
+        for task, items in found["n-samples"].items()
+        for metric in ("acc", "acc_norm")
+        if f"{metric},none" in found["results"][task]
+    ]
+    frame = pd.DataFrame(rows, columns=pd.Index(["task", "metric", "items", "score"]))
+    return frame.assign(error=(frame.score * (1 - frame.score) / frame["items"]) ** 0.5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,35 +149,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: %(default)s)")
     parser.add_argument("--out", default="runs/eval", help="where to write, without suffix (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``let-composer eval``.
-
-    Raises:
-        ValueError: As :func:`score` and :func:`local_tasks`, or if several processes were started.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this runs in one process: start it without composer or torchrun.")
-    local = len(args.tasks) == 1 and args.tasks[0].endswith((".yaml", ".yml"))
-    tasks, chances = local_tasks(args.tasks[0]) if local else (args.tasks, {})
-    out = Path(f"{args.out}.json")
+    """Carry out ``let-composer eval``."""
+    tasks, chances = local_tasks(args.tasks[0]) if args.tasks[0].endswith((".yaml", ".yml")) else (args.tasks, {})
+    found, out = pd.DataFrame(), Path(f"{args.out}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    frames = []
     for model in args.models:
-        found = score(model, tasks, args.shots, args.limit, args.batch_size, args.trust_remote_code)
-        frames.append(found.assign(model=model, shots=args.shots, chance=found.task.map(chances)))
-        partial = out.with_name(f"{out.name}.partial")
-        partial.write_text(json.dumps(pd.concat(frames).to_dict("records"), indent=1))
-        os.replace(partial, out)
-    every = pd.concat(frames)
-    every["shown"] = [f"{100 * s:.1f} ± {100 * e:.1f}" for s, e in zip(every.score, every.error, strict=True)]
-    keys = ["task", "metric", "items"]
-    table = every.pivot(index=keys, columns="model", values="shown")
+        options = {"num_fewshot": args.shots, "limit": args.limit, "batch_size": args.batch_size}
+        own = score(model, tasks, **options)
+        found = pd.concat([found, own.assign(model=model, shots=args.shots, chance=own.task.map(chances))])
+        with replacing(out) as partial:
+            found.to_json(partial, orient="records", indent=1)
+    found["shown"] = (100 * found.score).map("{:.1f}".format) + (100 * found.error).map(" ± {:.1f}".format)
+    table = found.pivot(index=["task", "metric", "items"], columns="model", values="shown")
     if chances:
-        table = table.assign(chance=[f"{100 * chances[task]:.1f}" for task, *_ in table.index])
+        table["chance"] = [f"{100 * chances[task]:.1f}" for task, *_ in table.index]
+    means = found[found.metric == "acc"].groupby("model", sort=False).score.mean()
     print(f"[%], {args.shots}-shot, ± one standard error\n{table.to_string()}\n")
-    means = every[every.metric == "acc"].groupby("model", sort=False).score.mean()
     print("mean of acc over the tasks: " + ", ".join(f"{model} {100 * mean:.1f}" for model, mean in means.items()))
     print(f"written: {out}")

@@ -37,11 +37,7 @@ class Run:
 
 
 def read_run(path: str | Path, metric: str = METRIC) -> Run:
-    """Read one run.
-
-    Args:
-        path: A folder with TensorBoard's event files or with CSV files, or a CSV file.
-        metric: As in :func:`resolve_metric`. Default: the validation loss.
+    """Read one run: a folder with TensorBoard's event files or with CSV files, or a CSV file.
 
     Raises:
         ValueError: If there is no run or more than one, or it was not evaluated with this metric.
@@ -55,6 +51,7 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
     # and the speed monitor after it.
     steps, tokens = log["time/token"].index.to_numpy(dtype=float), log["time/token"].to_numpy(dtype=float)
     steps, tokens = np.append(steps, steps[-1] + 1), np.append(tokens, tokens[-1] + np.diff(tokens, prepend=0).max())
+    nothing: Any = pd.Series(dtype=float)
 
     def curve(tag: str) -> Curve:
         values: Any = log.get(tag, pd.Series({0.0: np.nan}))
@@ -63,9 +60,7 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
     def of_guidance(name: str) -> Any:
         return next((values for tag, values in log.items() if tag in (f"let/{name}", f"kd/{name}")), nothing)
 
-    nothing: Any = pd.Series(dtype=float)
-    weight = of_guidance("weight")
-    share = of_guidance("teacher_flops_share")
+    weight, share = of_guidance("weight"), of_guidance("teacher_flops_share")
     share = share[share.index.isin(weight[weight > 0].index)].reindex(steps[:-1]).fillna(0).to_numpy()
     hours = log.get("time/train", nothing)
     took = hours.diff()[(hours.index.to_series().diff() == 1) & (hours.index > 2)] * 3600
@@ -92,22 +87,15 @@ def _known(value: Any) -> float | None:
 
 
 def resolve_metric(wanted: str, tags: Iterable[str], source: Any) -> str:
-    """The one logged tag that is meant.
-
-    Args:
-        wanted: A whole tag, or the end of one that was logged by an evaluation: ``LanguageCrossEntropy``, or with
-            several evaluation loaders ``pile/LanguageCrossEntropy``.
-        tags: All that was logged.
-        source: Where, for messages.
+    """The one logged tag that is meant: the whole tag, or the end of one that was logged by an evaluation, such as
+    ``LanguageCrossEntropy``, or with several evaluation loaders ``pile/LanguageCrossEntropy``.
 
     Raises:
         ValueError: If none is, or several are.
     """
     tags = list(tags)
-    if wanted in tags:
-        return wanted
     evaluated = sorted(tag for tag in tags if tag.startswith("metrics/") and not tag.startswith("metrics/train/"))
-    found = [tag for tag in evaluated if tag.endswith(f"/{wanted}")]
+    found = [wanted] if wanted in tags else [tag for tag in evaluated if tag.endswith(f"/{wanted}")]
     if len(found) == 1:
         return found[0]
     if found:
@@ -143,20 +131,20 @@ def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    log: Log = {}
     settings: dict[str, Any] = {}
-    for folder in folders:
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"] if folder == folders[0] else ():
-            # A resumed run logs some steps twice: the later value is the one that training went on from.
-            log[tag] = pd.Series({float(event.step): event.value for event in events.Scalars(tag)}).sort_index()
-        for metadata in events.summary_metadata.values():
-            if metadata.plugin_data.plugin_name == "hparams":
-                data: Any = HParamsPluginData()
-                data.ParseFromString(metadata.plugin_data.content)
-                start = data.session_start_info
-                for name, value in start.hparams.items():
-                    settings |= _flat(name, getattr(value, str(value.WhichOneof("kind"))))
+    events = [EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload() for folder in folders]
+    scalars = {tag: events[0].Scalars(tag) for tag in events[0].Tags()["scalars"]}
+    steps = [event.step for event in scalars.get("time/token", ())]
+    if (starts := steps.count(min(steps, default=0))) > 1:  # a resumed run logs some steps twice, but not the first
+        raise ValueError(f"{folders[0]} holds {starts} runs, or one that began again. Keep the event files of one.")
+    # The later value of a step is the one that training went on from.
+    log = {tag: pd.Series({float(e.step): e.value for e in values}).sort_index() for tag, values in scalars.items()}
+    for metadata in (metadata for each in events for metadata in each.summary_metadata.values()):
+        if metadata.plugin_data.plugin_name == "hparams":
+            data: Any = HParamsPluginData()
+            data.ParseFromString(metadata.plugin_data.content)
+            for name, value in data.session_start_info.hparams.items():
+                settings |= _flat(name, getattr(value, str(value.WhichOneof("kind"))))
     return log, settings
 
 

@@ -7,10 +7,12 @@
 
 The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from
 the base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
-baselines and their arms, to be set against how far the teacher is ahead of the baseline. Interrupt it when you like:
-the next call goes on with the runs that have not finished. Writes RUNS/<arm>-s<seed>.yaml (what was trained, to be
-repeated alone with train.py), .log and .done beside the folder that Composer logs into, RUNS/<table>.json, .png and
-.svg, the same for the overview, and RUNS/report.md: what each arm reached, and under which conditions.
+baselines and their arms, to be set against how far the teacher is ahead of the baseline. Arms have names for people in
+both. Interrupt it when you like: the next call goes on with the runs that have not finished. Writes
+RUNS/<arm>-s<seed>.yaml (what was trained, to be repeated alone with train.py), .log and .done beside the folder that
+Composer logs into, RUNS/<table>.html, .json, .png and .svg, the same for the overview, and a page: what each arm
+reached, and under which conditions. The page lies beside the YAML; what stands in it above the line MARK stays. With
+other runs, settings or tables than the YAML's it is RUNS/report.md.
 """
 
 import argparse
@@ -18,10 +20,12 @@ import fcntl
 import fnmatch
 import functools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +44,7 @@ from let_composer.options import nearest
 
 __all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
 
+MARK = "<!-- From here on scripts/sweep.py writes. -->"
 APART = 10  # seconds between two starts: streaming's search for a free name in shared memory is no atomic one
 PALETTE = ("#c8442a", "#2a6fc8", "#2f8f46", "#8a52b0", "#b8860b")
 KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables", "overview"}
@@ -81,7 +86,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = Non
     experiment.settings = om.merge(experiment.settings, om.from_cli(list(overrides)))
     compared = {f"table {name}": arms.values() for name, arms in experiment.tables.items()}
     for method, pairs in experiment.overview.items():
-        compared[f"overview of {method}"] = [*pairs, *(arm for arms in pairs.values() for arm in arms)]
+        compared[f"overview of {method}"] = [*pairs, *(arm for arms in pairs.values() for arm in arms.values())]
     for name, arms in compared.items():
         if missing := [arm for arm in arms if arm not in experiment.arms]:
             raise ValueError(f"the {name} in {path} compares {', '.join(missing)}, which is no arm.")
@@ -187,20 +192,21 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
     return failed
 
 
-def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
-    """Compare the arms of every table and write the report.
+def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*") -> None:
+    """Compare the arms of every table and write the page.
 
-    In the report an arm stands beside the baseline's runs with the seeds that both have done; pictures and JSON, with
+    On the page an arm stands beside the baseline's runs with the seeds that both have done; pictures and JSON, with
     times and memory, are of the seeds that all of a table's arms have.
 
     Args:
         experiment: As :func:`read` returns it.
         jobs: As :func:`plan` returns them.
+        page: Where to.
         only: Pattern of the tables' names.
     """
     runs = Path(experiment.runs)
     read_run = functools.cache(comparing.read_run)
-    sections: list[str] = []
+    rows: list[str] = []
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
             continue
@@ -210,33 +216,45 @@ def tables(experiment: DictConfig, jobs: list[Job], only: str = "*") -> None:
         if not baseline or not any(found.keys() & baseline.keys() for found in others):
             continue
         print(f"\n## {name}\n")
-        sections += [f"## {name}", "", *_rows(done, runs, read_run), ""]
+        rows += _rows(str(name), done, runs, read_run)
         if seeds := set.intersection(*(set(found) for found in done.values())):  # like with like
             shown = {label: [found[seed] for seed in sorted(seeds)] for label, found in done.items()}
             paths = {label: [runs / job.name for job in of] for label, of in shown.items()}
             teachers = _teachers(job for found in shown.values() for job in found)
             teacher = runs / next(iter(teachers)) if len(teachers) == 1 else None
-            comparing.compare(paths, teacher, runs / name)
+            comparing.compare(paths, teacher, runs / re.sub(r"\W+", "-", str(name)))
+    sections = ["## Every arm", "", *HEAD, *rows, ""] if rows else []
+    if sections:  # before the overview: what is measured must not be lost with it
+        _write_page(page, sections)
     if fnmatch.fnmatch("overview", only) and (points := overview(experiment, jobs)):
+        lines = ["## What guidance saves, over the lead of its teacher", "", *_overview_table(points), ""]
+        _write_page(page, [*lines, *sections])
         draw(points, runs / "overview")
-        sections = ["## overview", "", *_overview_table(points), "", *sections]
-    if sections:
-        partial = runs / "report.md.partial"
-        partial.write_text("\n".join([_conditions(runs), "", *sections]))
-        partial.replace(runs / "report.md")
+
+
+def _write_page(page: Path, sections: list[str]) -> None:
+    written = page.read_text() if page.exists() else f"# {page.stem}\n\n"
+    partial = page.with_name(f"{page.name}.partial")
+    partial.write_text("\n".join([written.partition(MARK)[0] + MARK, "", _conditions(), "", *sections]))
+    partial.replace(page)
 
 
 def _teachers(jobs: Iterable[Job]) -> frozenset[str]:
     return frozenset[str]().union(*(job.needs for job in jobs))
 
 
-def _rows(done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path], comparing.Run]) -> list[str]:
-    """One table of the report: label, seed and run of its arms, the baseline first."""
+HEAD = [
+    "| table | arm | seeds | final loss | gain | tokens to the baseline's final loss | passes its teacher at |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def _rows(
+    name: str, done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path], comparing.Run]
+) -> list[str]:
+    """The rows of one table: label, seed and run of its arms, the baseline first."""
     baseline, plain = next(iter(done.items()))
-    lines = [
-        "| arm | seeds | final loss | gain | tokens to the baseline's final loss | passes its teacher at |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for label, found in done.items():
         seeds = sorted(found.keys() & plain.keys())
         of = {arm: [read_run(runs / done[arm][seed].name) for seed in seeds] for arm in (baseline, label)}
@@ -253,8 +271,8 @@ def _rows(done: dict[str, dict[int, Job]], runs: Path, read_run: Callable[[Path]
         if not passed and len(teachers) == 1:
             passed = "never"
         lines.append(
-            f"| {label} | {len(seeds)} | {_cell(own['final_loss'], 1, '.3f', len(seeds)) or 'not a number'} | {gain} "
-            f"| {share} | {passed} |"
+            f"| {f'**{name}**' if label == baseline else ''} | {label} | {len(seeds)} "
+            f"| {_cell(own['final_loss'], 1, '.3f', len(seeds)) or 'not a number'} | {gain} | {share} | {passed} |"
         )
     return lines
 
@@ -272,10 +290,10 @@ class Point:
     """One arm against its baseline, over the seeds that both have."""
 
     method: str
-    arm: str
-    lead: float  # of the teacher: the baseline's final loss minus the teacher's, in nats per token
+    arm: str  # by its name for people
+    lead: float | None  # of the teacher: the baseline's final loss minus its own, in nats; None if not trained here
     gain: float  # the baseline's final loss minus the arm's
-    share: float | None  # of the baseline's tokens, after which the arm is at its final loss; None if it never is
+    share: dict[str, float] | None  # of the baseline's tokens, until its final loss: over seeds; None if never reached
     seeds: int
 
 
@@ -291,29 +309,30 @@ def overview(experiment: DictConfig, jobs: list[Job]) -> list[Point]:
     points = []
     for method, pairs in experiment.overview.items():
         for baseline, arms in pairs.items():
-            for arm in arms:
+            for label, arm in arms.items():
                 seeds = [seed for name, seed in done if name == arm and (baseline, seed) in done]
                 if not seeds:
                     continue
-                teacher = comparing.read_run(runs / next(iter(done[arm, seeds[0]].needs)))
+                needs = done[arm, seeds[0]].needs
+                teacher = comparing.read_run(runs / next(iter(needs))) if len(needs) == 1 else None
                 found = {
                     name: [comparing.read_run(runs / done[name, seed].name) for seed in seeds]
                     for name in (baseline, arm)
                 }
                 summary = comparing.summarize(found, teacher)
                 plain, guided = (row["over_seeds"] for row in summary["arms"])
-                reached = guided["tokens_to_baseline_loss"]
+                reached, whole = guided["tokens_to_baseline_loss"], plain["tokens"]["mean"]
                 points.append(
                     Point(
                         method=str(method),
-                        arm=arm,
-                        lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
+                        arm=str(label),
+                        lead=teacher and summary["baseline_final_loss"] - summary["teacher"]["final_loss"],
                         gain=plain["final_loss"]["mean"] - guided["final_loss"]["mean"],
-                        share=reached and reached["mean"] / plain["tokens"]["mean"],
+                        share=reached and {**reached, **{k: reached[k] / whole for k in ("mean", "min", "max")}},
                         seeds=len(seeds),
                     )
                 )
-    return sorted(points, key=lambda point: (point.method, -point.lead))
+    return sorted(points, key=lambda point: (point.method, -math.inf if point.lead is None else -point.lead))
 
 
 def draw(points: list[Point], out: Path) -> None:
@@ -331,8 +350,12 @@ def draw(points: list[Point], out: Path) -> None:
         own = [point for point in points if point.method == method]
         axis.plot([], [], "o", color=color, ms=8, label=method)
         for point in own:
-            height = 100 * point.share if point.share else 104 + 4 * number  # above the line, a row for each method
+            if point.lead is None:
+                continue
+            height = 100 * point.share["mean"] if point.share else 104 + 4 * number  # above, a row for each method
             axis.plot(point.lead, height, "o" if point.share else "^", color=color, ms=8)
+            if point.share:
+                axis.plot([point.lead] * 2, [100 * point.share[end] for end in ("min", "max")], color=color, lw=2)
             text = point.arm if point.share else f"{point.arm}: never"
             axis.annotate(
                 text, (point.lead, height), xytext=(6, 5), textcoords="offset points", fontsize=8, color=color
@@ -346,10 +369,16 @@ def draw(points: list[Point], out: Path) -> None:
         (0.99, "unguided, it does not", "right"),
     ):
         axis.text(side, 0.02, text, transform=axis.transAxes, ha=where, color="#666666")
-    axis.set_ylim(min(30.0, *(100 * point.share - 5 for point in points if point.share)), 108 + 4 * len(methods))
+    axis.set_ylim(
+        min([30.0, *(100 * point.share["min"] - 5 for point in points if point.share)]), 108 + 4 * len(methods)
+    )
     axis.margins(x=0.12)
     counts = " to ".join(map(str, sorted({point.seeds for point in points})))
-    axis.set_title(f"What guidance saves, over the lead of its teacher (seeds: {counts})", loc="left", fontsize=11)
+    axis.set_title(
+        f"What guidance saves, over the lead of its teacher (seeds: {counts}; bars from best to worst)",
+        loc="left",
+        fontsize=11,
+    )
     axis.legend(frameon=False, loc="upper right")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -367,20 +396,23 @@ def _overview_table(points: list[Point]) -> list[str]:
     lines = ["| method | arm | seeds | lead of the teacher | gain in loss | tokens to the baseline's final loss |"]
     lines.append("|---|---|---|---|---|---|")
     for point in points:
-        share = f"{point.share:.0%}" if point.share else "never"
-        lines.append(
-            f"| {point.method} | {point.arm} | {point.seeds} | {point.lead:+.2f} | {point.gain:+.3f} | {share} |"
-        )
+        share = _cell(point.share, 1, ".0%", point.seeds) or "never"
+        lead = "not trained here" if point.lead is None else f"{point.lead:+.2f}"
+        lines.append(f"| {point.method} | {point.arm} | {point.seeds} | {lead} | {point.gain:+.3f} | {share} |")
     return lines
 
 
-def _conditions(runs: Path) -> str:
+def _conditions() -> str:
     import torch
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
     return (
-        f"# {runs.name}\n\n{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()}; Python "
         f"{platform.python_version()}, {versions}; tables made at commit {commit or 'unknown'}, "
         f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max). "
         "An arm stands beside the baseline's runs of the same seeds; shares are of the tokens of the whole run, gain "
@@ -421,7 +453,9 @@ def main(arguments: list[str] | None = None) -> None:
         except BlockingIOError:
             raise ValueError(f"another call is at work in {runs}. Wait for it, or stop it.") from None
         failed = run(jobs, runs, options.workers)
-    tables(experiment, plan(experiment, options.seeds), options.tables)
+    own = options.runs or options.overrides or options.tables != "*"
+    page = runs / "report.md" if own else Path(options.experiment).with_suffix(".md")
+    tables(experiment, plan(experiment, options.seeds), page, options.tables)
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}. The logs are in {runs}.")
 

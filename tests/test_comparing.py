@@ -22,7 +22,7 @@ from let_composer import LET
 from let_composer import comparing as script
 from let_composer.comparing import crossing, group, spread, summarize, table, verdict
 from let_composer.logs import read_log, read_run
-from let_composer.picture import PALETTE, _apart
+from let_composer.picture import PALETTE
 
 SHARE = "let/teacher_flops_share"
 LOSS = "metrics/eval/LanguageCrossEntropy"
@@ -188,13 +188,6 @@ def test_a_diverged_arm_is_shown_as_such(tmp_path):
         compare(*reversed(folders), "--out", str(tmp_path / "picture"))
 
 
-def test_labels_do_not_touch():
-    assert _apart([1.0, 5.0, 3.0], 1.0) == [1.0, 5.0, 3.0]
-    places = _apart([1.0, 1.0, 1.1, 9.0], 0.5)
-    assert min(np.diff(sorted(places))) >= 0.5 - 1e-6 and places[3] == 9.0
-    assert places[0] < places[1] < places[2] and np.mean(places[:3]) == pytest.approx(31 / 30)
-
-
 def test_files_are_written(tmp_path, capsys):
     plain = [write_run(tmp_path / f"plain-s{n}", [6.0, 5.0, 4.5, 4.0 + n / 10]) for n in (1, 2)]
     let = write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20)
@@ -323,6 +316,9 @@ def test_a_folder_without_runs_is_explained(tmp_path):
         write_run(tmp_path / "several" / name, [5.0])
     with pytest.raises(ValueError, match="several holds 2 runs: a, b/c. Give each of them"):
         read_run(tmp_path / "several")
+    write_run(tmp_path / "several" / "a", [5.0])
+    with pytest.raises(ValueError, match="a holds 2 runs, or one that began again"):
+        read_run(tmp_path / "several" / "a")
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("time/token", 0, 0)
     with pytest.raises(ValueError, match="was not evaluated"):

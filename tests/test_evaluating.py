@@ -82,7 +82,7 @@ def write(folder: Path, items: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def scores(model: Any, path: str, **options: Any) -> dict[tuple[str, str], float]:
-    found = script.score(str(model), script.local_tasks(path)[0], **{"shots": 0, **options})
+    found = script.score(str(model), script.local_tasks(path)[0], num_fewshot=0, **options)
     return {(row.task, row.metric): pytest.approx(row.score) for row in found.itertuples()}
 
 
@@ -109,7 +109,8 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path, teacher_folder):
     assert list((tmp_path / "sharded" / "ep0-ba3").glob("*.distcp"))
     sharded, whole = (script.open_model(str(tmp_path / name)) for name in ("sharded/ep0-ba3", "whole/ep0-ba3-rank0.pt"))
     torch.testing.assert_close(sharded[0].state_dict(), whole[0].state_dict())
-    assert sharded[1].get_vocab() == whole[1].get_vocab() and sharded[2] == whole[2] == LENGTH
+    assert sharded[1].get_vocab() == whole[1].get_vocab()
+    assert sharded[0].config.max_seq_len == whole[0].config.max_seq_len == LENGTH
 
 
 @pytest.mark.slow
@@ -135,17 +136,16 @@ def test_what_is_missing_is_explained(tmp_path, items, monkeypatch):
     (tmp_path / "run" / "ep0-ba6").mkdir(parents=True)
     (tmp_path / "run" / "ep0-ba6" / ".metadata").touch()
     for model, message in (
-        ("./nowhere", "no model at ./nowhere"),
+        ("./nowhere", "neither config.json nor .metadata. Sharded checkpoints in it: none"),
         (path, "is not a Composer checkpoint"),
-        (str(tmp_path), "neither config.json .* nor .metadata"),
-        ("run", "It holds the sharded checkpoints ep0-ba6: give one of them"),
+        ("./run", "Sharded checkpoints in it: ep0-ba6"),
         ("run/ep0-ba6", "is not a Composer checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             script.open_model(model)
-    with pytest.raises(ValueError, match="no task 'hellaswagg' .did you mean 'hellaswag"):
+    with pytest.raises(ValueError, match="lm-eval has no 'hellaswagg' .did you mean 'hellaswag"):
         script.score("x", ["hellaswagg"])
     (tmp_path / "schema.jsonl").unlink()
-    for name, message in ((path, "no data of task 'schema'"), ("missing.yaml", "no list of tasks at missing.yaml")):
-        with pytest.raises(ValueError, match=message):
+    for name, message in ((path, "No such file .*schema.jsonl"), ("missing.yaml", "no YAML at 'missing.yaml'")):
+        with pytest.raises((ValueError, OSError), match=message):
             script.local_tasks(name)

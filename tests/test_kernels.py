@@ -409,7 +409,7 @@ def test_memory(device, teacher_width):
 
 
 def benchmark_loss():
-    spec = importlib.util.spec_from_file_location("benchmark_loss", ROOT / "scripts" / "benchmark_loss.py")
+    spec = importlib.util.spec_from_file_location("benchmark_loss", ROOT / "scripts" / "benchmarks" / "loss.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -29,7 +29,7 @@ EXPERIMENT = {
         "guided": {"algorithms": {"let": {"teacher": "${variables.runs}/huggingface/small"}}},
     },
     "tables": {"one": {"plain": "plain", "with LET": "guided"}},
-    "overview": {"LET": {"plain": ["guided"]}},
+    "overview": {"LET": {"plain": {"a small teacher": "guided"}}},
 }
 
 
@@ -93,29 +93,32 @@ def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experi
     monkeypatch.setattr(sweep.comparing, "read_run", lambda path: curve(path.name, *losses[path.name]))
     monkeypatch.setattr(sweep.comparing, "compare", lambda *arguments: called.append(arguments))
     monkeypatch.setattr(sweep, "overview", lambda *_: [])
-    sweep.tables(experiment, jobs)
-    report = (runs / "report.md").read_text()
-    first, second = report.split("## one\n")[1].split("## two\n")
+    page = Path("experiment.md")
+    page.write_text(f"# Notes\n\nStay.\n\n{sweep.MARK}\n\nAn older table.\n")
+    sweep.tables(experiment, jobs, page)
+    notes, _, report = page.read_text().partition(f"{sweep.MARK}\n")
+    assert notes == "# Notes\n\nStay.\n\n" and "older" not in report
     assert "torch " in report and "three" not in report and "to come" not in report
-    assert first.strip().splitlines()[2:] == [
-        "| plain | 2 | 3.500 (3.000..4.000) |  | 100% | 79% (75%..83%) |",
-        "| with LET | 2 | 2.500 (2.000..3.000) | +1.000 | 67% (67%..67%) | 44% (44%..44%) |",
-        "| worse | 1 | 5.000 | -2.000 | never | never |",  # against the baseline of seed 4 alone
+    assert report.split("## Every arm\n")[1].strip().splitlines()[2:] == [
+        "| **one** | plain | 2 | 3.500 (3.000..4.000) |  | 100% | 79% (75%..83%) |",
+        "|  | with LET | 2 | 2.500 (2.000..3.000) | +1.000 | 67% (67%..67%) | 44% (44%..44%) |",
+        "|  | worse | 1 | 5.000 | -2.000 | never | never |",  # against the baseline of seed 4 alone
+        "| **two** | with LET | 2 | 2.500 (2.000..3.000) |  | 100% | 44% (44%..44%) |",
+        "|  | plain | 2 | 3.500 (3.000..4.000) | -1.000 | never |  |",
     ]
-    assert second.strip().splitlines()[3] == "| plain | 2 | 3.500 (3.000..4.000) | -1.000 | never |  |"
     arms = {"plain": "plain", "with LET": "guided", "worse": "late"}
     paths = {label: [runs / f"{arm}-s4"] for label, arm in arms.items()}
     assert called[0] == (paths, runs / "small", runs / "one")
     (runs / "plain-s3.done").unlink()
     (runs / "plain-s4.done").unlink()
     called.clear()
-    sweep.tables(experiment, jobs, "one")
+    sweep.tables(experiment, jobs, page, "one")
     assert not called
 
 
 def test_the_overview_sets_what_an_arm_saves_against_the_lead_of_its_teacher(experiment, tmp_path, monkeypatch):
     experiment.arms.worse = experiment.arms.guided
-    experiment.overview = {"LET": {"plain": ["guided", "worse"]}}
+    experiment.overview = {"LET": {"plain": {"good": "guided", "bad": "worse"}}}
     jobs, runs = sweep.plan(experiment), Path("runs")
     runs.mkdir()
     losses = {"small": (3.0,), "plain": (6.0, 5.0, 4.0), "guided": (5.0, 4.0, 3.5), "worse": (6.0, 5.0, 4.5)}
@@ -124,14 +127,36 @@ def test_the_overview_sets_what_an_arm_saves_against_the_lead_of_its_teacher(exp
             (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
     monkeypatch.setattr(sweep.comparing, "read_run", lambda path: curve(path.name, *losses[path.name.split("-")[0]]))
     guided, worse = sweep.overview(experiment, jobs)
-    assert (guided.method, guided.arm, guided.seeds) == ("LET", "guided", 1)
+    assert (guided.method, guided.arm, guided.seeds) == ("LET", "good", 1)
     assert guided.lead == worse.lead == pytest.approx(1.0)
-    assert (guided.gain, guided.share) == (pytest.approx(0.5), pytest.approx(2 / 3))
+    assert (guided.gain, guided.share["mean"]) == (pytest.approx(0.5), pytest.approx(2 / 3))
     assert (worse.gain, worse.share) == (pytest.approx(-0.5), None)
     sweep.draw([guided, worse], tmp_path / "overview")
     assert {path.name for path in tmp_path.glob("overview.*")} == {"overview.json", "overview.png", "overview.svg"}
     drawing = (tmp_path / "overview.svg").read_text()
-    assert "guided" in drawing and "worse: never" in drawing
+    assert "good" in drawing and "bad: never" in drawing
+
+
+def test_a_teacher_that_was_not_trained_here_has_no_lead_and_the_page_comes_first(experiment, monkeypatch):
+    experiment.arms.guided.algorithms.let.teacher = "EleutherAI/pythia-14m"
+    jobs, runs, page = sweep.plan(experiment, [3]), Path("runs"), Path("page.md")
+    assert not any(job.needs for job in jobs)
+    runs.mkdir()
+    for job in jobs:
+        (runs / f"{job.name}.done").write_text(om.to_yaml(job.config))
+    losses = {"plain": (6.0, 5.0, 4.0), "guided": (5.0, 4.0, 3.5)}
+    monkeypatch.setattr(sweep.comparing, "read_run", lambda path: curve(path.name, *losses[path.name.split("-")[0]]))
+    monkeypatch.setattr(sweep.comparing, "compare", lambda *_: None)
+    monkeypatch.setattr(sweep.shutil, "which", lambda _: None)  # a machine without git
+    monkeypatch.setenv("PATH", "/nowhere")
+    sweep.tables(experiment, jobs, page)
+    assert "| LET | a small teacher | 1 | not trained here | +0.500 | 67% |" in page.read_text()
+    assert (runs / "overview.png").exists()
+    monkeypatch.setattr(sweep, "overview", lambda *_: 1 / 0)
+    page.unlink()
+    with pytest.raises(ZeroDivisionError):
+        sweep.tables(experiment, jobs, page)
+    assert "|  | with LET | 1 | 3.500 |" in page.read_text()
 
 
 def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
@@ -149,7 +174,7 @@ def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
         ({"seed": 1}, "missing or unknown: seed"),
         ({"tables": {"a": {"x": "absent"}}}, "the table a in wrong.yaml compares absent, which is no arm"),
         (
-            {"overview": {"LET": {"plain": ["gone"]}}},
+            {"overview": {"LET": {"plain": {"x": "gone"}}}},
             "the overview of LET in wrong.yaml compares gone, which is no arm",
         ),
     ],

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
-import benchmark_step as script  # scripts/benchmark_step.py
 import pytest
+import step as script  # scripts/benchmarks/step.py
+import torch
 from conftest import LENGTH, VOCABULARY
+from llmfoundry.models.layers.blocks import MPTBlock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer was not provided")
 
@@ -47,17 +49,34 @@ def test_three_kinds_of_steps_take_turns(run, tmp_path, capsys):
     assert "guided / plain:" in capsys.readouterr().out
 
 
-def test_the_teacher_runs_in_guided_steps_alone(run, monkeypatch):
-    calls: list[int] = []
-    hidden = script.LET._run_teacher
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use", "ignore:The `NO_SHARD` sharding strategy")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_yaml_names_is_what_runs(run, monkeypatch, wrapped):
+    """FSDP and recomputed blocks are built; ids fit both vocabularies; the teacher runs in guided steps alone."""
+    calls: list[tuple[int, bool]] = []
+    blocks: list[int] = []
+    hidden, forward = script.LET._run_teacher, MPTBlock.forward
 
     def align(self, state):
-        calls.append(state.timestamp.batch.value)
+        assert int(state.batch["input_ids"].max()) < VOCABULARY
+        calls.append((state.timestamp.batch.value, state.fsdp_enabled))
         return hidden(self, state)
 
+    def count(self, *args, **kwargs):
+        blocks.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)  # put back what measure() sets
     monkeypatch.setattr(script.LET, "_run_teacher", align)
-    script.measure(script.load(run, []), rounds=1, steps=4)
-    assert calls == [0, 0, 1, 1, 2, 2, 3, 3]  # two microbatches a step; none after the stop
+    monkeypatch.setattr(MPTBlock, "forward", count)
+    overrides = [f"model.vocab_size={2 * VOCABULARY}"]
+    if wrapped:
+        overrides += [f"fsdp_config.{key}" for key in ("sharding_strategy=FULL_SHARD", "activation_checkpointing=true")]
+        overrides += ["fsdp_config.activation_checkpointing_reentrant=false"]
+    found = list(script.measure(script.load(run, overrides), rounds=2, steps=3))
+    assert len(found) == 2 and found[-1]["guided"].microbatch == 2
+    assert calls == [(batch, wrapped) for _ in range(2) for batch in (0, 0, 1, 1, 2, 2)]  # two microbatches a step
+    assert len(blocks) == 2 * 3 * 3 * 2 * 4 * (2 if wrapped else 1)  # rounds, kinds, steps, microbatches, blocks
 
 
 def test_bad_input(run):

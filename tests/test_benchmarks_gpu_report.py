@@ -4,7 +4,7 @@ import json
 import sys
 import time
 
-import gpu_report as script  # scripts/gpu_report.py
+import gpu_report as script  # scripts/benchmarks/gpu_report.py
 import pytest
 import torch
 

@@ -1,0 +1,256 @@
+"""Every GPU measurement of the project behind one command: ceilings, tests, kernels, steps, runs. One page comes out.
+
+    python scripts/benchmarks/gpu_report.py --gpu h100 --minutes 9 --archive runs/gpu_report.tar.gz [--only tests loss]
+    python scripts/benchmarks/gpu_report.py --rehearse      # the whole chain at toy size on a CPU, in a few minutes
+
+Each part is a program of its own with a time limit. What it leaves in OUT is kept, and a part that has succeeded with
+these sources on this device is not run again; one that cannot end in the minutes left is not started, unless it goes
+on by itself where it was cut off. After every part OUT/report.md, OUT/report.json and the archive are rewritten; carry
+the archive to the next machine, and the same command goes on there. The evidence needs the data that
+yamls/evidence/evidence_125m.yaml tells how to make.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import ROOT, machine, write
+
+__all__ = ["Part", "main", "parts", "run", "write_report"]
+
+FOLDER = "scripts/benchmarks"
+EVIDENCE = "yamls/evidence/evidence_125m.yaml"
+DATA = Path("data/evidence/shards")  # of that YAML
+GRACE = 20  # seconds between asking a part to end and ending it
+# Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
+PLAIN = ["variables.attention=torch", "variables.loss_fn=torch_crossentropy"]
+SMALL = "model.d_model=64 model.n_heads=2 model.n_layers=4 model.ffn_config.ffn_hidden_size=128 precision=fp32"
+TOY = f"{SMALL} max_seq_len=32 algorithms.let.teacher=EleutherAI/pythia-14m global_train_batch_size=2"
+
+
+@dataclass
+class Part:
+    """One measurement: a command, how long it may take in seconds, what a rehearsal adds, what a GPU alone shows."""
+
+    name: str
+    command: list[str]
+    limit: int
+    toy: str = ""
+    gpu: str = ""
+    resumes: bool = False  # goes on where it was cut off
+
+
+def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: bool = False) -> list[Part]:
+    """What is to be run, most wanted first.
+
+    Args:
+        out: Where results go.
+        gpu: Name for step.py.
+        has_flash: Whether flash-attn can be used; without it attention keeps ``[S, S]`` matrices, so batches are small.
+        memory_gib: Of the device.
+        rehearse: Whether it is a rehearsal, which makes its own data.
+    """
+
+    def tests(name: str, file: str, limit: int, shows: str) -> Part:
+        many = ["-n", "8"] if importlib.util.find_spec("xdist") and not rehearse else []
+        command = ["-m", "pytest", "-m", "gpu", file, "-q", "-W", "ignore", "-p", "no:cacheprovider", *many]
+        return Part(name, [*command, f"--junitxml={out / name}.xml"], limit, gpu=shows)
+
+    def loss(name: str, *options: str) -> Part:
+        toy = "--device cpu --implementation torch --pairs 48/24 --tokens 8 --repeats 2"
+        command = [f"{FOLDER}/loss.py", "--out", str(out / name), *options]
+        return Part(name, command, 420, toy, "times, shares of the copy bandwidth, Triton against torch", resumes=True)
+
+    def model(script: str, size: str, batch: int, micro: Any, *options: str, name: str = "") -> Part:
+        name = name or f"{script}-{size}"
+        command = [f"{FOLDER}/{script}.py", f"yamls/let_{size}.yaml", *([] if has_flash else PLAIN)]
+        command += [f"global_train_batch_size={batch}", f"device_train_microbatch_size={micro}", *options]
+        toy = f"{TOY} device_train_microbatch_size=1 " + ("--rounds 2 --steps 3" if script == "step" else "--repeats 2")
+        shows = "times, memory, utilisation" + (", the search for a microbatch" if micro == "auto" else "")
+        shows = shows if script == "step" else "graph capture and streams"
+        return Part(name, [*command, "--out", str(out / name)], 300, toy, shows)
+
+    def step(size: str, batch: int, micro: Any, *options: str, name: str = "") -> Part:
+        return model("step", size, batch, micro, "--gpu", gpu, *options, name=name)
+
+    small = 8 if has_flash else 2
+    found = [
+        Part("ceilings", [f"{FOLDER}/gpu_report.py", "--ceilings", "--out", str(out)], 120, gpu="bandwidth and rate"),
+        tests("kernel-tests", "tests/test_kernels.py", 240, "every case: they are collected and skipped here"),
+        loss("loss"),
+        step("1b4", 2 * small, small),
+        model("teacher", "1b4", small, small),
+        tests("trainer-tests", "tests/test_gpu.py", 300, "every case: they are collected and skipped here"),
+        loss("loss-teacher", "--resize", "teacher"),
+        step("125m", 32, 16),
+        step("1b4", 4 * small, "auto", name="step-1b4-auto"),
+        loss("loss-normalized", "--normalize", "--pairs", "2048/768", "4096/2048"),
+        loss("loss-fp32", "--dtype", "float32", "--pairs", "2048/768", "4096/2048"),
+        step("350m", 16, 8),
+    ]
+    if memory_gib > 100 or rehearse:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
+        found += [step("7b", 4 if has_flash else 2, 2 if has_flash else 1), model("teacher", "7b", 1, 1)]
+    command = ["scripts/sweep.py", EVIDENCE, "--workers", "1", "--runs", str(out / "evidence-125m")]
+    command += ["variables.attention=flash"] if has_flash else []
+    toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba eval_subset_num_batches=1"
+    toy += " global_train_batch_size=2 device_train_microbatch_size=1 device_eval_batch_size=1"
+    toy += "".join(
+        f" {side}_loader.{key}"
+        for side in ("train", "eval")
+        for key in (f"dataset.local={out}/toy/shards", "num_workers=1")
+    )
+    toy += "".join(f" variables.{key}={out}/toy/teacher" for key in ("tokenizer", "pretrained"))
+    toy += " --only baseline pretrained-1"
+    if rehearse:
+        found.append(Part("toy-data", [f"{FOLDER}/toy_data.py", str(out / "toy")], 120))
+    if rehearse or (ROOT / DATA).exists():  # last: it fills whatever time is left
+        found.append(Part("evidence-125m", command, 3600, toy, "the evidence: 123M and 0.4B students", resumes=True))
+    return found
+
+
+def run(part: Part, out: Path, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Run one part and keep its output.
+
+    Args:
+        part: What to run.
+        out: Where ``<part>.log`` goes.
+        environment: Stored with the result, so that it counts for these sources and this device alone.
+        seconds: How long it may take, its own limit aside.
+    """
+    start, log = time.time(), out / f"{part.name}.log"
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.command],
+            cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        code = None
+        for number, wait in ((signal.SIGINT, min(part.limit, seconds) - GRACE), (signal.SIGKILL, GRACE)):
+            try:
+                code = process.wait(max(wait, 1))
+                break
+            except subprocess.TimeoutExpired:  # with what it started: it would hold the device's memory
+                os.killpg(process.pid, number)
+        process.wait()
+    timed_out = code is None or code in (-signal.SIGINT, 128 + signal.SIGINT)
+    result = {
+        "part": part.name,
+        "command": " ".join(["python", *part.command]),
+        "exit": -1 if timed_out else code,
+        "seconds": round(time.time() - start, 1),
+        "environment": environment,
+        "tail": log.read_text(errors="replace")[-3000:],
+    }
+    write(out / f"{part.name}.result.json", result)
+    return result
+
+
+def write_report(out: Path, results: list[dict[str, Any]], missing: list[str], gpu_only: list[Part]) -> None:
+    """Write OUT/report.json and the page, OUT/report.md: results, pictures, what was not reached or not shown."""
+    write(out / "report.json", results)
+    lines = ["# GPU report", "", ", ".join(f"{k} {v}" for k, v in results[0]["environment"].items()) + "."]
+    for result in results:
+        state = {0: "done", -1: "ran out of time"}.get(result["exit"], f"failed, exit status {result['exit']}")
+        lines += ["", f"## {result['part']}: {state} in {result['seconds']:.0f} s", "", f"    {result['command']}", ""]
+        lines += ["```", result["tail"].strip(), "```"]
+        lines += [f"\n![{p.stem}]({p.relative_to(out)})" for p in sorted((out / result["part"]).glob("*.png"))]
+    if missing:
+        lines += ["", "## Not reached", "", *(f"- {name}" for name in missing)]
+    if gpu_only:
+        lines += ["", "## What only a GPU can show", "", *(f"- {part.name}: {part.gpu}" for part in gpu_only)]
+    write(out / "report.md", "\n".join(lines) + "\n")
+
+
+def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = parts) -> int:
+    """Command line of the module's docstring; the number of parts that failed or were not reached."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="h100", help="name in let-composer plan's table (default: h100)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_report"))
+    parser.add_argument("--archive", type=Path, help="results to go on with, rewritten after every part")
+    parser.add_argument("--only", nargs="+", help="names of parts")
+    parser.add_argument("--minutes", type=float, default=25, help="all parts end within them (default: 25)")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, into OUT-rehearsal")
+    parser.add_argument("--ceilings", action="store_true", help="measure copy bandwidth and matmul rate, nothing else")
+    args = parser.parse_args(arguments)
+    out = args.out.absolute()
+    if args.ceilings:
+        ceilings = _ceilings()
+        print(json.dumps(ceilings, indent=2))
+        write(out / "ceilings.json", ceilings)
+        return 0
+    if not torch.cuda.is_available() and not args.rehearse:
+        parser.error("there is no CUDA device here. On a CPU, --rehearse runs every part at toy size.")
+    out = out.with_name(f"{out.name}-rehearsal") if args.rehearse else out
+    out.mkdir(parents=True, exist_ok=True)
+    if args.archive and args.archive.exists():
+        with tarfile.open(args.archive) as archive:
+            archive.extractall(out, filter="data")
+    memory = 0 if args.rehearse else torch.cuda.get_device_properties(0).total_memory / 2**30
+    has_flash = importlib.util.find_spec("flash_attn") is not None and not args.rehearse
+    todo = plan(out, args.gpu, has_flash, memory, args.rehearse)
+    if args.only:
+        if unknown := set(args.only) - {part.name for part in todo}:
+            parser.error(f"no parts {', '.join(sorted(unknown))}. There are {', '.join(part.name for part in todo)}.")
+        todo = [part for part in todo if part.name in args.only]
+    environment = {key: value for key, value in machine().items() if key != "date"}
+    end, results, missing = time.time() + 60 * args.minutes, [], []
+    for part in todo:
+        part.command += shlex.split(part.toy) if args.rehearse else []
+        stored = out / f"{part.name}.result.json"
+        result = json.loads(stored.read_text()) if stored.exists() else {}
+        left = end - time.time()
+        if result.get("exit") == 0 and result["environment"] == environment:
+            print(f"{part.name}: done before.", flush=True)
+        elif left < (3 * GRACE if part.resumes else part.limit):
+            print(f"{part.name}: no time left. Call again to go on.", flush=True)
+            missing.append(part.name)
+            continue
+        else:
+            print(f"{part.name}: at most {min(part.limit, left):.0f} s ...", flush=True)
+            result = run(part, out, environment, left)
+            print(f"{part.name}: exit status {result['exit']} after {result['seconds']:.0f} s.", flush=True)
+        results.append(result)
+        write_report(out, results, missing, [p for p in todo if p.gpu] if args.rehearse else [])
+        if args.archive:
+            partial = args.archive.with_name(f"{args.archive.name}.partial")
+            with tarfile.open(partial, "w:gz") as archive:
+                archive.add(out, arcname=".", filter=lambda info: None if "huggingface" in info.name else info)
+            partial.replace(args.archive)
+    print(out / "report.md")
+    return len(missing) + sum(result["exit"] != 0 for result in results)
+
+
+def _ceilings() -> dict[str, float]:
+    """What this device reaches, to compare with: a large copy (bytes read and written) and a square matmul."""
+
+    from torch.utils.benchmark import Timer
+
+    device, elements, width = ("cuda", 2**30, 8192) if torch.cuda.is_available() else ("cpu", 2**22, 256)
+
+    def seconds(statement: str, **values: torch.Tensor) -> float:
+        return Timer(statement, globals=values).blocked_autorange(min_run_time=2 if device == "cuda" else 0.1).median
+
+    source = torch.ones(elements, dtype=torch.int32, device=device)
+    copy = seconds("target.copy_(source)", source=source, target=torch.empty_like(source))
+    a, b = (torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return {
+        "copy_tb_per_s": 2 * source.numel() * source.element_size() / copy / 1e12,
+        "bf16_matmul_tflop_per_s": 2 * width**3 / seconds("a @ b", a=a, b=b) / 1e12,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""What the alignment loss costs: our kernels against plain torch, and how the kernels compile.
+
+    python scripts/benchmarks/loss.py --out runs/benchmarks/loss    # on a CUDA GPU: table, JSON, picture
+    python scripts/benchmarks/loss.py --compile-report            # anywhere: registers, loads, spills; no GPU needed
+    python scripts/benchmarks/loss.py --device cpu --pairs 64/32 --tokens 64 --methods ours eager --repeats 3
+
+Before anything is timed, loss and gradient must agree with the reference in fp64. On CUDA ``triton.testing.do_bench``
+times, which empties the L2 cache before every call; what the host needs to hand a call over is printed apart. Bytes are
+the compulsory ones: every state read once, the gradient written once, and the numbers saved per token. The share is of
+the bandwidth of a large copy on the same device in the same run. Rows of OUT that were measured with these sources on
+this device are kept, so a call that was cut off goes on.
+
+Not compared: Liger's cosine loss is a cosine of logits after both LM heads, in chunks; it has no hidden-state loss.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from machine import machine, write
+from torch._functorch import config as functorch
+
+from let_composer.loss import Implementation, Resize, alignment, reference, target_sum
+
+PAIRS = ["2048/768", "4096/2048", "2048/2048", "2048/576", "768/128"]  # student/teacher width
+TOKENS = [8192, 65536, 16384]
+METHODS = ["ours", "eager", "compiled"]  # our kernels, the reference, torch.compile of the reference
+PASSES = ("forward", "backward", "target_sum")
+
+
+# --- the compile report: what ptxas makes of the kernels, no GPU needed ---
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
+
+
+@contextmanager
+def compiling(architecture: int) -> Iterator[list]:
+    """Kernels are compiled for an architecture and collected where they would be launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    found, run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, **kwargs):
+        found.append((self, run(self, *args, **kwargs | {"warmup": True})))
+
+    device = {"device": architecture, "stream": 0, "target": GPUTarget("cuda", architecture, 32)}
+    functions: Any = SimpleNamespace(**{f"get_current_{name}": lambda *_, v=v: v for name, v in device.items()})
+    driver.set_active(functions)
+    triton.JITFunction.run = compile_only  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run = run
+        driver.reset_active()
+
+
+def compile_report(
+    pairs: list[str],
+    architectures: Sequence[int] = ARCHITECTURES,
+    dtype: torch.dtype = torch.bfloat16,
+    normalized: bool = False,
+) -> list[dict]:
+    """Compile what a guided step launches, for either side resized; one row per kernel, pair and architecture.
+
+    Args:
+        pairs: Widths, student/teacher.
+        architectures: Compute capabilities, times ten.
+        dtype: Of the student; the teacher is in bf16.
+        normalized: Whether the teacher's features are standardised.
+    """
+    from let_composer.loss import kernels
+
+    rows = []
+    for pair, sm in itertools.product(pairs, architectures):
+        widths = [int(width) for width in pair.split("/")]
+        student, teacher = torch.ones(64, widths[0], dtype=dtype), torch.ones(64, widths[1], dtype=torch.bfloat16)
+        mean = torch.ones(widths[1]) if normalized else None
+        for resize in ("student", "teacher") if widths[0] != widths[1] else ("-",):
+            with compiling(sm) as found:
+                arguments = (student, teacher, torch.ones(64, dtype=torch.bool), mean, mean)
+                loss, saved, counts = kernels._forward(*arguments, resize == "student")
+                kernels._backward(loss, student, teacher, mean, mean, saved, counts, resize == "student")
+                if resize != "teacher":  # the same for both
+                    kernels._sums(teacher, saved[2], mean, mean, False)
+                    kernels._sums(teacher, saved[2], mean, None, True)
+            for kernel, compiled in found:
+                row = {"kernel": kernel.__name__.strip("_").removesuffix("_kernel"), "pair": pair, "resize": resize}
+                constants = {kernel.arg_names[i]: value for (i,), value in compiled.src.constants.items()}
+                tile = [str(constants[name]) for name in ("R", "G", "V", "C") if name in constants]
+                row |= {"sm": sm, "tile": "x".join(tile), "warps": compiled.metadata.num_warps}
+                rows.append(row | _inspect(compiled))
+    return rows
+
+
+def _inspect(compiled) -> dict:
+    """Registers and the like from the binary; accesses of a thread to global memory, by bits, from the PTX."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [tool, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert found is not None, text
+    registers, stack, shared, local = map(int, found.groups())
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(\w[\w.]*)", text, re.MULTILINE)
+    row: dict[str, Any] = {"registers": registers, "spilled": stack + local, "shared": shared}
+    row |= {"instructions": len(opcodes) - opcodes.count("NOP")}
+    row |= {"barriers": sum(opcode.startswith("BAR") for opcode in opcodes)}
+    for name, instruction in (("loads", "ld"), ("stores", "st")):
+        accesses = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", compiled.asm["ptx"])
+        row[name] = dict(sorted(Counter(int(vector or 1) * int(bits) for vector, bits in accesses).items()))
+    return row
+
+
+def report_table(rows: list[dict]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = row | {key: ", ".join(f"{n}x{bits}" for bits, n in row[key].items()) for key in ("loads", "stores")}
+        lines.append("| " + " | ".join(str(cell) for cell in cells.values()) + " |")
+    return "\n".join(lines)
+
+
+# --- the benchmark ---
+
+
+def compulsory_bytes(which: str, student: int, teacher: int, itemsize: int) -> int:
+    """Bytes of a token that must cross the memory bus at least once; the teacher is in bf16."""
+    return {
+        "forward": student * itemsize + teacher * 2 + 1 + 12,  # states, mask, what is saved
+        "backward": 2 * student * itemsize + teacher * 2 + 12,  # states and gradient, what was saved
+        "target_sum": teacher * 2 + 4,
+    }[which]
+
+
+def methods(names: Sequence[str], implementation: Implementation, resize: Resize) -> dict[str, Callable]:
+    """Functions of student, teacher, mask and a vector or None that serves as mean and deviation."""
+
+    def ours(student, teacher, mask, mean):
+        return alignment(
+            student, teacher, mask, teacher_mean=mean, teacher_std=mean, resize=resize, implementation=implementation
+        )  # fmt: skip
+
+    def eager(student, teacher, mask, mean):
+        return reference.alignment(student, teacher, mask, mean, mean, resize)
+
+    functorch.donated_buffer = False  # so that a backward can run again and again
+    torch._dynamo.reset()  # or sizes that were seen before make it compile for any size
+    compiled = torch.compile(eager, dynamic=False)
+    return {name: {"ours": ours, "eager": eager, "compiled": compiled}[name] for name in names}
+
+
+def inputs(tokens: int, pair: str, dtype: torch.dtype, device: str, normalized: bool) -> tuple[Any, ...]:
+    """Student, teacher, mask, and mean or None."""
+    student, teacher = map(int, pair.split("/"))
+    torch.manual_seed(0)
+    return (
+        torch.randn(tokens, student, device=device).to(dtype).requires_grad_(),
+        torch.randn(tokens, teacher, device=device).bfloat16(),
+        torch.rand(tokens, device=device) < 0.8,
+        torch.rand(teacher, device=device) + 0.5 if normalized else None,
+    )
+
+
+def gate(function: Callable, eager: Callable, states: tuple[Any, ...], what: str) -> None:
+    """Stop unless loss and gradient are as close to fp64 as eager is, up to a little."""
+
+    def run(f, student, *others):
+        leaf = student.detach().requires_grad_()
+        loss = f(leaf, *others)[0]
+        return loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()
+
+    student, teacher, *others = states
+    truth, truth_grad = run(eager, student.double(), teacher.double(), *others)
+    (base, base_grad), (loss, grad) = (run(f, student, teacher, *others) for f in (eager, function))
+    error, allowed = ((x - truth_grad).norm() / truth_grad.norm() for x in (grad, base_grad))
+    # Triton's interpreter cuts bf16 where a GPU rounds: twice eager's error.
+    if (loss - truth).abs() > (base - truth).abs() + 1e-5 or error > allowed * (1 if loss.is_cuda else 2.1) + 1e-3:
+        raise SystemExit(f"{what}: wrong result (gradient error {error:.1e}); nothing was timed.")
+
+
+def timed(step: Callable[[], object], repeats: int, device: str) -> dict[str, float]:
+    """Milliseconds of ``step()``: median, 20th and 80th percentile, and what the host needs to hand it over."""
+    for _ in range(3):
+        step()
+    if device == "cuda":
+        import triton.testing
+
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(20):
+            step()
+        host = (time.perf_counter() - begin) / 20 * 1e3
+        torch.cuda.synchronize()
+        times: Any = triton.testing.do_bench(step, rep=repeats, return_mode="all")
+    else:
+        host, times = 0.0, []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - begin) * 1e3)
+    quantiles = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return {"ms": statistics.median(times), "ms_p20": quantiles[0], "ms_p80": quantiles[3], "host_ms": host}
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s of a large copy, reads plus writes: what "100 %" means here."""
+    size = 2**30 if device == "cuda" else 2**24
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / 1e6 / timed(lambda: target.copy_(source), 100 if device == "cuda" else 5, device)["ms"]
+
+
+def measure(name: str, function: Callable, states: tuple[Any, ...], options: argparse.Namespace) -> list[dict]:
+    """Time the passes of one method at one size."""
+    student, teacher, mask, mean = states
+    memory = None
+    if options.device == "cuda":
+        torch.autograd.grad(function(*states)[0], student)  # compile
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(function(*states)[0], student)
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    found = function(*states)
+    steps: dict[str, Callable] = {
+        "forward": lambda: function(*states),
+        "backward": lambda: torch.autograd.grad(found[0], student, retain_graph=True),
+    }
+    if name != "compiled":
+        options_of = {"teacher_mean": mean, "teacher_std": mean, "inverse_norm": found[2]}
+        width = student.shape[-1] if options.resize == "teacher" else teacher.shape[-1]
+        how = options.implementation if name == "ours" else "torch"
+        steps["target_sum"] = lambda: target_sum(teacher, mask, width=width, implementation=how, **options_of)
+    rows = []
+    for which, step in steps.items():
+        times = timed(step, options.repeats, options.device)
+        moved = len(mask) * compulsory_bytes(which, student.shape[-1], teacher.shape[-1], student.element_size())
+        rows.append({"pass": which, **times, "gb_per_s": moved / 1e6 / times["ms"], "peak_extra_mib": memory})
+    return rows
+
+
+def benchmark(options: argparse.Namespace) -> dict:
+    path, dtype = options.out / "loss.json", getattr(torch, options.dtype)
+    how = {key: getattr(options, key) for key in ("resize", "dtype", "normalize")}
+    report = json.loads(path.read_text()) if path.exists() else {}
+    about = machine()
+    if report.get("how") != how or any(report["machine"][key] != about[key] for key in about if key != "date"):
+        report = {"machine": about, "how": how, "copy_gb_per_s": copy_bandwidth(options.device), "results": []}
+    for pair in options.pairs:
+        small = inputs(257 if options.device == "cuda" else 5, pair, dtype, options.device, options.normalize)
+        functions = methods(["eager", *options.methods], options.implementation, options.resize)
+        for name in options.methods:
+            gate(functions[name], functions["eager"], small, f"{pair}, {name}")
+    for tokens, pair, name in itertools.product(options.tokens, options.pairs, options.methods):
+        cell = {"pair": pair, "tokens": tokens, "method": name}
+        if any(cell.items() <= row.items() for row in report["results"]):
+            continue
+        function = methods([name], options.implementation, options.resize)[name]
+        for row in measure(name, function, inputs(tokens, pair, dtype, options.device, options.normalize), options):
+            row = cell | row | {"share": row["gb_per_s"] / report["copy_gb_per_s"]}
+            report["results"].append(row)
+            print(
+                f"{pair:>10} {tokens:>6} {name:>8} {row['pass']:>10} {row['ms']:9.4f} ms [{row['ms_p20']:.4f}, "
+                f"{row['ms_p80']:.4f}] host {row['host_ms']:.3f} ms {row['gb_per_s']:8.1f} GB/s {row['share']:6.1%}",
+                flush=True,
+            )
+        write(path, report)
+    return report
+
+
+def draw(report: dict, path: Path) -> None:
+    """One picture: share of the copy bandwidth over tokens; a column for each width pair, a row for each pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pairs = list(dict.fromkeys(row["pair"] for row in report["results"]))
+    size = (3 * len(pairs) + 1, 6)
+    figure, panels = pyplot.subplots(2, len(pairs), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for (i, which), (j, pair) in itertools.product(enumerate(PASSES[:2]), enumerate(pairs)):
+        rows = [row for row in report["results"] if (row["pair"], row["pass"]) == (pair, which)]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            line = sorted((row["tokens"], row["share"]) for row in rows if row["method"] == method)
+            panels[i][j].plot(*zip(*line, strict=True), marker="o", label=method)
+        panels[i][j].set(title=f"student/teacher {pair}, {which}", xscale="log", ylim=(0, None))
+        panels[1][j].set_xlabel("tokens")
+        panels[i][0].set_ylabel("share of copy bandwidth")
+    panels[0][-1].legend()
+    about, how = report["machine"], report["how"]
+    figure.suptitle(
+        f"{about['device']}, {how['resize']} resized, {how['dtype']}{', standardised' * how['normalize']}, "
+        f"torch {about['torch']}, triton {about['triton']}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile-report", action="store_true", help="print how the kernels compile, as markdown")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loss"), help="folder of JSON and picture")
+    parser.add_argument("--sm", nargs="+", type=int, default=list(ARCHITECTURES), help="architectures of the report")
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument(
+        "--resize", default="student", choices=["student", "teacher"], help="whose features are resized"
+    )
+    parser.add_argument("--normalize", action="store_true", help="standardise the teacher's features")
+    parser.add_argument("--implementation", default="auto", help="of ours: auto, triton or torch")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the student"
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repeats", type=int, default=100, help="milliseconds of each timing; on the CPU, calls")
+    options = parser.parse_args(arguments)
+    if options.compile_report:
+        rows = compile_report(options.pairs, options.sm, getattr(torch, options.dtype), options.normalize)
+        print(report_table(rows))
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here. Use --compile-report, or --device cpu for a smoke run.")
+    draw(benchmark(options), options.out / "loss.png")
+
+
+if __name__ == "__main__":
+    main()
