@@ -279,7 +279,7 @@ class TestBadRuns:
         [
             ({"teacher": "./nowhere"}, "there is no teacher at './nowhere'"),
             ({"student_layer": 31}, "has 4 blocks. Got 31"),
-            ({"teacher_layer": 9}, "has 2 blocks. Got 9"),
+            ({"teacher_layer": 9, "weight": 0.1}, "has 2 blocks. Got 9"),
             ({"placement": "shard"}, "needs at least two ranks"),
             ({"implementation": "triton"}, "implementation"),
         ],
