@@ -110,7 +110,7 @@ class Lead:
 
 
 def sampling_step(tokens: int) -> int:
-    """Every how manieth of so many tokens :func:`sampled_loss` looks at: at most 1,024 in all."""
+    """The distance of the tokens that :func:`sampled_loss` looks at: 1,024 of a microbatch at most."""
     return max(1, -(-tokens // 1024))
 
 

@@ -112,7 +112,7 @@ def test_skypilot_starts_one_launcher_a_node(launched):
     )
     assert found[-3:] == [
         "variables.data_remote=s3://bucket/pile",
-        "variables.data_local=/tmp/pile-mds",
+        "variables.data_local=/data/pile-mds",
         "variables.runs=/runs",
     ]
     assert options(found)["--world_size"] == "32" and options(found)["--base_rank"] == "24"
