@@ -61,11 +61,7 @@ _EVENTS = {
 
 
 class Lifecycle(Algorithm, Generic[OptionsT]):
-    """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both.
-
-    Args:
-        options: Of the method.
-    """
+    """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both."""
 
     options_type: ClassVar[type[Options]]
     prefix: ClassVar[str]  # of metrics and hyperparameters
