@@ -25,6 +25,7 @@ __all__ = [
 _MOMENTUM = 0.9
 _FIRST = 0.1  # the paper's weight, until a gradient has been seen
 _RANGE = (1e-3, 1e4)
+_WELL_AHEAD = 0.5  # nats per token
 
 BINS = 256
 _SPAN = 20.0  # nats of log q - log a on either side of 0; what lies further counts as that
@@ -86,8 +87,8 @@ class GradientRatio:
 class Lead:
     """How far the teacher's predictions are ahead of the student's, and what it can still give.
 
-    ``share = 1 - perplexity of the teacher / perplexity of the student``, of running means; 0 once the student is as
-    good. Our choice, the paper is silent.
+    ``share = lead / 0.5 nats``, of a running mean, within [0, 1]: whole while the teacher is well ahead, 0 once the
+    student is as good. Our choice, the paper is silent.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,7 @@ class Lead:
     @property
     def share(self) -> float:
         """A factor from 0 to 1 for the weight of the next batch; 1 until a batch has been seen."""
-        return 1.0 if self.nats is None else max(0.0, -math.expm1(-self.nats))
+        return 1.0 if self.nats is None else min(max(self.nats / _WELL_AHEAD, 0.0), 1.0)
 
     def update(self, nats: float) -> None:
         """Take in one batch; left out where a loss overflowed.

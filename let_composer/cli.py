@@ -3,10 +3,12 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import let_composer
 
-__all__ = ["VERBS", "main"]
+__all__ = ["VERBS", "main", "told"]
 
 # Verb -> its module, imported only when it is called, and a line for --help. A module offers ``__doc__``,
 # ``add_arguments(parser)`` and ``run(args)``, which returns the exit status or None.
@@ -50,14 +52,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv[1:])  # positional arguments may follow options
+    return told(f"let-composer {verb}", lambda: module.run(args))
+
+
+def told(program: str, work: Callable[[], Any]) -> int:
+    """Do the work; tell in a line, without a traceback, what the user can put right.
+
+    Returns:
+        The exit status: what the work returned, if that is a number.
+    """
     try:
-        return module.run(args) or 0
+        status = work()
     except (ValueError, OSError) as error:
-        print(f"let-composer {verb}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"let-composer {verb}: stopped.", file=sys.stderr)
+        print(f"{program}: stopped.", file=sys.stderr)
         return 130
+    return status if isinstance(status, int) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """An llm-foundry YAML as training reads it: merged with further YAMLs and overrides, algorithms in any form."""
 
-from collections.abc import Iterable
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,9 @@ from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from let_composer.options import nearest
+from let_composer.options import Options, nearest, read_options
 
-__all__ = ["check_names", "load", "read_yaml", "refuse_unknown"]
+__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml", "refuse_unknown"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -76,6 +79,22 @@ def _expand(algorithms: Any) -> dict[str, Any]:
     return expanded
 
 
+def read_methods(config: DictConfig) -> dict[str, Options]:
+    """The options of LET, RKD and SALT, where a YAML names them.
+
+    Raises:
+        ValueError: For an option that is unknown, of another type or out of range.
+    """
+    from let_composer import LET, RKD, SALT
+
+    given: Any = om.to_container(config.get("algorithms") or om.create(), resolve=True)
+    methods = {"let": LET, "rkd": RKD, "salt": SALT}
+    try:
+        return {name: read_options(methods[name], given[name]) for name in given if name in methods}
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
 def check_names(algorithms: Iterable[str]) -> None:
     """Refuse algorithms that llm-foundry does not know."""
     from llmfoundry import registry
@@ -94,3 +113,16 @@ def refuse_unknown(where: str, names: Iterable[Any], known: Iterable[str]) -> No
         if name not in known:
             listed = f" There are {', '.join(known)}." if len(known) < 100 else ""
             raise ValueError(f"{where} has no {name!r}{nearest(name, known)}.{listed}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries say of models while they import and build them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

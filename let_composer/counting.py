@@ -1,9 +1,8 @@
 """What a step of student and teacher multiplies and keeps, counted on the meta device: no data, no weights, no GPU."""
 
 import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
@@ -18,22 +17,11 @@ from transformers import GPTNeoXConfig
 
 from let_composer.student import find_blocks, matmul_parameters
 
-__all__ = [
-    "StudentCount",
-    "TeacherCount",
-    "build_student",
-    "count_student",
-    "count_teacher",
-    "quiet",
-    "refuse_uncountable",
-    "teacher_config",
-]
+__all__ = ["StudentCount", "TeacherCount", "build_student", "count_student", "count_teacher", "teacher_config"]
 
 # Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SCANS = ("state_size", "mamba_d_state", "mamba_d_ssm", "ssm_state_size", "attn_layer_period", "linear_num_value_heads")
-
-
 # Shapes of the teachers in yamls/, so that planning needs no network: width, blocks, heads.
 PYTHIA = {
     "14m": (128, 6, 4),
@@ -73,25 +61,8 @@ class TeacherCount:
     logits: int  # of one token: rows of the head, 0 where it is not used
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what libraries say of models while they import and build them."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def refuse_uncountable(config: Any, whose: str) -> None:
-    """Refuse a model of which matrices and full attention are not the work.
-
-    Raises:
-        ValueError: For a mixture of experts or a model with state-space or linear-attention layers.
-    """
+    """Refuse a mixture of experts, and a model with state-space or linear-attention layers."""
     entries = config if isinstance(config, dict) else config.to_dict()
     ffn = str((entries.get("ffn_config") or {}).get("ffn_type", ""))
     experts = [name for name in EXPERTS if (entries.get(name) or 0) > 1] + [ffn] * ("moe" in ffn)
@@ -102,11 +73,7 @@ def refuse_uncountable(config: Any, whose: str) -> None:
 
 
 def build_student(config: DictConfig, dtype: torch.dtype) -> tuple[Any, bool]:
-    """The student on the meta device, and whether its attention keeps no square matrices.
-
-    Args:
-        config: The YAML.
-        dtype: In which it computes.
+    """The student of a YAML on the meta device, and whether its attention keeps no square matrices.
 
     Raises:
         ValueError: If it cannot be built or counted.
@@ -136,27 +103,18 @@ def build_student(config: DictConfig, dtype: torch.dtype) -> tuple[Any, bool]:
 
 
 def count_student(model: nn.Module, batch: int, length: int, fused_attention: bool) -> StudentCount:
-    """Count a model that lives on the meta device.
-
-    Args:
-        model: An llm-foundry model, in the type it computes in.
-        batch: Sequences of a microbatch.
-        length: Tokens of a sequence.
-        fused_attention: Whether attention keeps no ``[S, S]`` matrices, as flash attention does not.
-    """
+    """Count an llm-foundry model on the meta device, in the type it computes in, with a microbatch of so many sequences
+    of so many tokens; fused attention keeps no ``[S, S]`` matrices."""
     blocks = find_blocks(model)[1]
     sections: list[dict[int, int]] = [{} for _ in range(len(blocks) + 1)]  # the last: outside of the blocks
     inputs = [0] * len(blocks)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     now = [len(blocks)]
 
-    def enter(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            now[0] = index
-            x = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
-            inputs[index] = x.numel() * x.element_size()
-
-        return hook
+    def enter(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        now[0] = index
+        x = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
+        inputs[index] = x.numel() * x.element_size()
 
     def leave(*_: Any) -> None:
         now[0] = len(blocks)
@@ -170,7 +128,7 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
 
     handles = []
     for index, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(enter(index), with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True))
         handles.append(block.register_forward_hook(leave))
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     model.train()
@@ -204,15 +162,9 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
 
 
 def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> TeacherCount:
-    """Count a teacher's body that lives on the meta device, see :func:`let_composer.teacher.build_body`.
-
-    Args:
-        body: In the type it computes in.
-        batch: Sequences of a microbatch.
-        length: Tokens of a sequence.
-        projected: How many tokens of a microbatch go through the head, which is as large as its embeddings. Default:
-            ``0``.
-    """
+    """Count a teacher of :func:`let_composer.teacher.build_body`, and its head, as large as its embeddings, for so many
+    ``projected`` tokens of a microbatch."""
+    refuse_uncountable(body.config, "the teacher")
     blocks = find_blocks(body)[1]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     sizes = [0]
@@ -247,13 +199,13 @@ def teacher_config(name: str) -> str | GPTNeoXConfig:
     if size not in PYTHIA or not name.startswith("EleutherAI/"):
         return name
     width, blocks, heads = PYTHIA[size]
-    return GPTNeoXConfig(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        vocab_size=50304,
-    )
+    shape: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "vocab_size": 50304,
+    }
+    return GPTNeoXConfig(intermediate_size=4 * width, **shape)
 
 
 @contextlib.contextmanager

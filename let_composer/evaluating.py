@@ -17,8 +17,7 @@ from typing import Any, cast
 import pandas as pd
 import torch
 
-from let_composer.configuration import read_yaml, refuse_unknown
-from let_composer.counting import quiet
+from let_composer.configuration import quiet, read_yaml, refuse_unknown
 from let_composer.data import replacing
 
 __all__ = ["NINE", "add_arguments", "local_tasks", "open_model", "run", "score"]

@@ -10,38 +10,33 @@ what the allocator wastes and what NCCL and CUDA take for themselves is not in i
 
 import argparse
 import inspect
-import json
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from composer import Time
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-from let_composer import LET, RKD, SALT
 from let_composer.annealing import parse_stop, resolve_stop
-from let_composer.configuration import load, refuse_unknown
+from let_composer.configuration import load, quiet, read_methods, refuse_unknown
 from let_composer.counting import (
     StudentCount,
     TeacherCount,
     build_student,
     count_student,
     count_teacher,
-    quiet,
-    refuse_uncountable,
     teacher_config,
 )
-from let_composer.memory import GIB, HARDWARE, Hardware, checkpointing, fits, memory
-from let_composer.options import Options, read_options
+from let_composer.data import write_json
+from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
+from let_composer.options import Options
 from let_composer.teacher import build_body
 
 __all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table", "teacher_config"]
 
-METHODS = {"let": LET, "rkd": RKD, "salt": SALT}
+NEEDED = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
 
 
 @dataclass
@@ -66,15 +61,12 @@ class Plan:
     guided_tokens: float
     step_flops: float  # of a plain step on all GPUs, recomputation included
     guided_overhead: float  # guided step / plain step - 1, by FLOPs
-    run_overhead: float
     break_even_tokens: float  # that guidance must save to pay for its teacher
     run_flops: float
     hours: float | None
     price: float | None
     memory: dict[str, float]
-    memory_alternatives: dict[str, float]
     capacity: float | None
-    placement: str | None
 
 
 def make_plan(
@@ -96,46 +88,40 @@ def make_plan(
         price: Of a GPU for an hour. Default: ``None``.
 
     Raises:
-        ValueError: If the batch does not divide by the GPUs, the YAML lacks a number that planning needs, has a key
-            that nobody reads, or a model that planning cannot count.
+        ValueError: If the batch does not divide by the GPUs, the YAML lacks what planning needs, has a key that nobody
+            reads, or a model that planning cannot count.
     """
     with quiet():
         _check_keys(config)
-        length = int(_number(config, "max_seq_len"))
-        batch = int(_number(config, "global_train_batch_size"))
+        length, batch = int(config.max_seq_len), int(config.global_train_batch_size)
         if batch % gpus:
             raise ValueError(
                 f"global_train_batch_size {batch} does not divide by {gpus} GPUs. Choose a number that divides it."
             )
         dtype = torch.float32 if str(config.get("precision", "amp_bf16")) == "fp32" else torch.bfloat16
-        duration = Time.from_timestring(str(config.max_duration))
-        tokens_a_step = batch * length
+        duration, tokens_a_step = Time.from_timestring(str(config.max_duration)), batch * length
         steps = _steps(duration, batch, tokens_a_step)
-        student_model, fused = build_student(config, dtype)
-        methods = _methods(config)
-        options: Options | None = None
-        body, guided, context = None, 0.0, length
+        methods = read_methods(config)
+        options = next(iter(methods.values()), None)
+        body, guided, context, placement = None, 0.0, length, ""
         for other in methods.values():
-            options = options or other
-            if not options.same_teacher(other):
-                raise ValueError(f"planning knows one teacher, got {options.teacher} and {other.teacher}.")
+            if not other.same_teacher(cast(Options, options)):
+                raise ValueError("planning knows one teacher: give all methods the same, with the same options.")
             stop = resolve_stop(parse_stop(other.stop), duration, None)
             guided = max(guided, 0.0 if other.off else min(steps, _steps(stop, batch, tokens_a_step)))
         if options:
-            layer = options.teacher_arguments()["layer"]
+            layer, placement = (options.teacher_arguments()[key] for key in ("layer", "placement"))
             body = build_body(teacher_config(options.teacher), layer, options.trust_remote_code).to(dtype)
-            refuse_uncountable(body.config, f"the teacher {options.teacher}")
             context = min(length, getattr(body.config, "max_position_embeddings", length) or length)
-
+        student_model, fused = build_student(config, dtype)
         given = config.get("device_train_microbatch_size", "auto")
         microbatch = batch // gpus if given == "auto" else min(int(given), batch // gpus)
-        capacity = hardware.memory if hardware else None
         while True:  # auto halves the microbatch until it fits, as Composer does
             student = count_student(student_model, microbatch, length, fused)
             projected = max((m.projected(microbatch * context) for m in methods.values()), default=0)
             teacher = count_teacher(body, microbatch, context, projected) if body is not None else None
-            parts, other_parts, placement = memory(config, gpus, student, teacher, microbatch * length, dtype, capacity)
-            if given != "auto" or microbatch == 1 or fits(sum(parts.values()) / GIB, capacity):
+            parts = memory(config, gpus, student, teacher, placement, microbatch * length, dtype)
+            if given != "auto" or microbatch == 1 or fits(sum(parts.values()), hardware and hardware.memory):
                 break
             microbatch //= 2
     step_flops = tokens_a_step * (student.flops + checkpointing(config) * student.block_flops)
@@ -161,84 +147,55 @@ def make_plan(
         guided_tokens=guided * tokens_a_step,
         step_flops=step_flops,
         guided_overhead=overhead,
-        run_overhead=overhead * guided / steps,
         break_even_tokens=overhead * guided * tokens_a_step,
         run_flops=run_flops,
         hours=hours,
         price=hours * gpus * price if hours is not None and price is not None else None,
-        memory={part: size / GIB for part, size in parts.items()},
-        memory_alternatives={part: size / GIB for part, size in other_parts.items()},
-        capacity=capacity,
-        placement=placement,
+        memory=parts,
+        capacity=hardware.memory if hardware else None,
     )
 
 
 def table(plan: Plan) -> str:
     """The plan as text."""
-    student, teacher = plan.student, plan.teacher
+    student, teacher, batch = plan.student, plan.teacher, f"{plan.global_batch} x {plan.sequence_length}"
     trained = "" if student.trained == student.parameters else f" ({student.trained / 1e6:,.1f}M trained)"
-    rows = [
-        ("run", plan.run),
-        ("student", f"{student.parameters / 1e6:,.1f}M parameters{trained}, {student.flops / 1e9:,.2f} GFLOP a token"),
-    ]
+    total, share = sum(plan.memory.values()), plan.break_even_tokens / plan.tokens
+    auto = ", auto" if plan.auto else ""
+    auto += ": the whole batch of a GPU; --gpu finds what fits" if plan.auto and not plan.capacity else ""
+    rows = {
+        "run": plan.run,
+        "student": f"{student.parameters / 1e6:,.1f}M parameters{trained}, {student.flops / 1e9:,.2f} GFLOP a token",
+        "steps": f"{plan.steps:,.0f} of {batch}: {plan.tokens / 1e9:,.2f}B tokens",
+        "plain step": f"{plan.step_flops / 1e15:,.2f} PFLOP, recomputation included",
+    }
     if teacher:
-        rows.append(
-            (
-                "teacher",
-                f"{plan.teacher_name} for {' and '.join(plan.methods)}: {teacher.matmul_parameters / 1e6:,.1f}M "
-                f"parameters without embeddings and head, {teacher.flops / 1e9:,.3f} GFLOP a token",
-            )
+        rows["teacher"] = (
+            f"{plan.teacher_name} for {' and '.join(plan.methods)}: {teacher.matmul_parameters / 1e6:,.1f}M parameters "
+            f"without embeddings and head, {teacher.flops / 1e9:,.3f} GFLOP a token"
         )
-    rows += [
-        (
-            "steps",
-            f"{plan.steps:,.0f} of {plan.global_batch} x {plan.sequence_length}: {plan.tokens / 1e9:,.2f}B tokens",
-        ),
-        ("plain step", f"{plan.step_flops / 1e15:,.2f} PFLOP, recomputation included"),
-    ]
-    if teacher:
-        rows += [
-            ("guided", f"{plan.guided_steps:,.0f} steps, {plan.guided_tokens / 1e9:,.2f}B tokens"),
-            ("guided step", f"+{plan.guided_overhead:.2%} by FLOPs; the whole run +{plan.run_overhead:.2%}"),
-            (
-                "break-even",
-                f"the teacher pays once it saves {plan.break_even_tokens / 1e9:,.3f}B tokens, "
-                f"{plan.break_even_tokens / plan.tokens:.2%} of the run",
-            ),
-        ]
-    rows.append(("whole run", f"{plan.run_flops / 1e18:,.1f} EFLOP"))
+        rows["guided"] = f"{plan.guided_steps:,.0f} steps, {plan.guided_tokens / 1e9:,.2f}B tokens"
+        rows["guided step"] = f"+{plan.guided_overhead:.2%} by FLOPs; the whole run +{share:.2%}"
+        rows["break-even"] = f"the teacher pays once it saves {plan.break_even_tokens / 1e9:,.3f}B tokens"
+    rows["whole run"] = f"{plan.run_flops / 1e18:,.1f} EFLOP"
     if plan.hours is not None:
-        rows.append(
-            (
-                "time",
-                f"{plan.hours:,.1f} h on {plan.gpus} x {plan.gpu}, {plan.hours * plan.gpus:,.0f} GPU hours, "
-                f"if {plan.utilization:.0%} of the peak is reached (an assumption)",
-            )
+        rows["time"] = (
+            f"{plan.hours:,.1f} h on {plan.gpus} x {plan.gpu}, {plan.hours * plan.gpus:,.0f} GPU hours, "
+            f"if {plan.utilization:.0%} of the peak is reached (an assumption)"
         )
     if plan.price is not None:
-        rows.append(
-            (
-                "price",
-                f"{plan.price:,.0f}, of it {plan.price * (1 - 1 / (1 + plan.run_overhead)):,.0f} for the teacher",
-            )
+        rows["price"] = f"{plan.price:,.0f}, of it {plan.price * share / (1 + share):,.0f} for the teacher"
+    rows["memory, GiB a GPU"] = f"{total:,.1f} (estimate), microbatch {plan.microbatch}{auto}"
+    rows |= {f"  {part}": f"{size:,.2f}" for part, size in plan.memory.items()}
+    if plan.capacity and fits(total, plan.capacity):
+        rows["verdict"] = f"fits in {plan.capacity:.0f} GiB"
+    elif plan.capacity:
+        rows["verdict"] = (
+            f"does not fit: {total:,.1f} of {plan.capacity:.0f} GiB, and a tenth should stay free. A smaller "
+            "microbatch, activation checkpointing, more GPUs and placement: shard for the teacher help."
         )
-    total = sum(plan.memory.values())
-    chosen = (
-        ""
-        if not plan.auto
-        else ", auto"
-        if plan.capacity
-        else ", auto: the whole batch of a GPU; --gpu finds what fits"
-    )
-    rows.append(("memory, GiB a GPU", f"{total:,.1f} (estimate), microbatch {plan.microbatch}{chosen}"))
-    rows += [(f"  {part}", f"{size:,.2f}") for part, size in plan.memory.items()]
-    rows += [(f"  ({part})", f"{size:,.2f}") for part, size in plan.memory_alternatives.items()]
-    if plan.placement:
-        rows.append(("placement", plan.placement))
-    if plan.capacity is not None:
-        rows.append(("verdict", _verdict(total, plan.capacity)))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    width = max(map(len, rows))
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -281,18 +238,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(plan))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        part = args.out.with_suffix(args.out.suffix + ".tmp")
-        part.write_text(json.dumps(asdict(plan), indent=2) + "\n")
-        os.replace(part, args.out)
-
-
-def _methods(config: DictConfig) -> dict[str, Options]:
-    """The options of the methods that the YAML names."""
-    given = cast(dict[str, Any], om.to_container(config.get("algorithms") or om.create(), resolve=True))
-    try:
-        return {name: read_options(METHODS[name], given[name]) for name in given if name in METHODS}
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+        write_json(args.out, asdict(plan))
 
 
 def _check_keys(config: DictConfig) -> None:
@@ -302,6 +248,9 @@ def _check_keys(config: DictConfig) -> None:
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
     from transformers import PretrainedConfig
 
+    for key in NEEDED:
+        if om.select(config, key) is None:
+            raise ValueError(f"the YAML has no {key}, which planning needs. Give {key}=... on the command line.")
     refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
     refuse_unknown("fsdp_config", config.get("fsdp_config") or {}, FSDPConfig.__annotations__)
     if config.get("tp_config"):
@@ -310,21 +259,6 @@ def _check_keys(config: DictConfig) -> None:
         builders = (MPTConfig, ComposerMPTCausalLM, PretrainedConfig)
         known = {name for builder in builders for name in inspect.signature(builder).parameters}
         refuse_unknown("model", config.model, {*known, *PretrainedConfig().to_dict(), "name"})
-
-
-def _verdict(total: float, capacity: float) -> str:
-    if fits(total, capacity):
-        return f"fits in {capacity:.0f} GiB"
-    return (
-        f"does not fit: {total:,.1f} of {capacity:.0f} GiB, and a tenth should stay free; "
-        f"{total - 0.9 * capacity:,.1f} GiB too much. A smaller microbatch, activation checkpointing or more GPUs help."
-    )
-
-
-def _number(config: Mapping[Any, Any], key: str) -> float:
-    if (value := config.get(key)) is None:
-        raise ValueError(f"the YAML has no {key}, which planning needs. Add it, or give {key}=... on the command line.")
-    return float(value)
 
 
 def _steps(time: Time, batch: int, tokens: int) -> float:

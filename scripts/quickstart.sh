@@ -56,7 +56,7 @@ run() {
 
 teacher=()
 if [ "$kind" = quickstart ]; then
-  python scripts/prepare_offline.py --tier small --bpe 2048 --out data/offline
+  python scripts/sample_data --tier small --bpe 2048 --out data/offline
   let-composer prepare data/offline/pile --out data/quickstart/shards \
     --tokenizer data/offline/tokenizer-bpe2048 --sequence-length 128 --validation 0.02
   run teacher yamls/quickstart/teacher.yaml
@@ -64,7 +64,7 @@ if [ "$kind" = quickstart ]; then
   run baseline
   run let yamls/quickstart/let.yaml
 else
-  python scripts/prepare_offline.py --tier small --teacher --out data/offline
+  python scripts/sample_data --tier small --teacher --out data/offline
   let-composer prepare data/offline/pile --out data/pretrained/shards \
     --tokenizer data/offline/smollm2-135m --sequence-length 128 --validation 0.02
   run baseline

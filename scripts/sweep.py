@@ -40,6 +40,8 @@ from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
 from let_composer import comparing
+from let_composer.cli import told
+from let_composer.configuration import read_yaml
 from let_composer.options import nearest
 
 __all__ = ["Job", "Point", "draw", "main", "overview", "plan", "read", "run", "tables"]
@@ -76,9 +78,8 @@ def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = Non
     Raises:
         ValueError: If keys are missing or unknown, or a table names an arm that is not there.
     """
-    experiment = om.load(path)
-    keys = set(experiment) if isinstance(experiment, DictConfig) else set()
-    if not isinstance(experiment, DictConfig) or keys != KEYS:
+    experiment = read_yaml(str(path))
+    if (keys := set(experiment)) != KEYS:
         wrong = ", ".join(map(str, sorted(keys ^ KEYS)))
         raise ValueError(f"expected {path} to have the keys {', '.join(sorted(KEYS))}; missing or unknown: {wrong}.")
     experiment.base = str(Path(path).parent / experiment.base)
@@ -461,7 +462,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"sweep: {error}")
+    sys.exit(told("sweep", main))

@@ -9,28 +9,56 @@ so do command-line overrides of a key of any of them. On the command line, and i
 ``algorithms.let=null`` trains without LET, ``algorithms=null`` without any algorithm.
 """
 
-import sys
+import argparse
+import linecache
+import traceback
 
 from llmfoundry.command_utils.train import train
+from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-from let_composer.configuration import load
+from let_composer.configuration import load, read_methods, refuse_unknown
 
 __all__ = ["main"]
 
 
-def main(arguments: list[str]) -> None:
-    """``train.py YAML [YAML ...] [key=value ...]``"""
-    if not arguments:
-        raise SystemExit(__doc__)
-    config = load(arguments[0], arguments[1:])
-    if missing := sorted(key for key in om.missing_keys(config) if not _is_interpolation(config, key)):
-        raise ValueError(
-            f"{arguments[0]} leaves {', '.join(missing)} open. Give a value on the command line: "
-            + " ".join(f"{key}=..." for key in missing)
-        )
-    train(config)
+def main(arguments: list[str] | None = None) -> None:
+    """Train; what the user can put right ends the program with a line, without a traceback.
+
+    Args:
+        arguments: Of the command line. Default: those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        usage="composer scripts/train.py YAML [YAML ...] [key=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("yaml", metavar="YAML", help="a training YAML of llm-foundry")
+    parser.add_argument("more", nargs="*", metavar="YAML or key=value", help="merged into it; keys may be dotted")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(options.yaml, options.more)
+        if missing := sorted(key for key in om.missing_keys(config) if not _is_interpolation(config, key)):
+            raise ValueError(
+                f"{options.yaml} leaves {', '.join(missing)} open. Give a value on the command line: "
+                + " ".join(f"{key}=..." for key in missing)
+            )
+        refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
+        read_methods(config)
+        train(config)
+    except (ValueError, TypeError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        raise SystemExit(f"train.py: {error}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it on purpose, and so wrote it for the user."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals["__name__"].partition(".")[0]
+    source = linecache.getline(frame.f_code.co_filename, line)
+    return package in ("let_composer", __name__) and source.lstrip().startswith("raise ")
 
 
 def _is_interpolation(config: DictConfig, key: str) -> bool:
@@ -39,4 +67,4 @@ def _is_interpolation(config: DictConfig, key: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

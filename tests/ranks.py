@@ -1,8 +1,7 @@
 """Two ranks on the CPU, launched by conftest.py; writes what each of them saw.
 
-composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER           all cases, then a run in which one rank is killed
-composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER all       that run resumed, until all ranks are killed
-composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER none      and resumed to its end
+composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER            all cases, then a run in which one rank is killed
+composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER resume     that run resumed to its end
 """
 
 import json
@@ -28,19 +27,16 @@ from let_composer.student import resolve_layer
 COMPILED = {"compile_config": {"backend": "aot_eager"}}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "ddp_microbatches": {"device_train_microbatch_size": 2},
-    "ddp_shard": {"placement": "shard"},
+    "ddp_shard_microbatches": {"placement": "shard", "device_train_microbatch_size": 2},
     "ddp_triton": {"implementation": "triton"},  # in Triton's interpreter
     "ddp_compiled": COMPILED,
     "fsdp1": {"fsdp1": {}},
-    "fsdp1_microbatches": {"fsdp1": {}, "device_train_microbatch_size": 2},
-    "fsdp1_shard": {"fsdp1": {}, "placement": "shard"},
+    "fsdp1_shard_microbatches": {"fsdp1": {}, "placement": "shard", "device_train_microbatch_size": 2},
     "fsdp1_checkpointing": {"fsdp1": {"activation_checkpointing": True, "activation_checkpointing_reentrant": False}},
     "fsdp1_reentrant": {"fsdp1": {"activation_checkpointing": True}},
     "fsdp1_compiled": {"fsdp1": {}, **COMPILED},
     "fsdp2": {"fsdp2": {}},
-    "fsdp2_microbatches": {"fsdp2": {}, "device_train_microbatch_size": 2},
-    "fsdp2_shard": {"fsdp2": {}, "placement": "shard"},
+    "fsdp2_shard_microbatches": {"fsdp2": {}, "placement": "shard", "device_train_microbatch_size": 2},
     "fsdp2_checkpointing": {"fsdp2": {"activation_checkpointing": True}},
     "fsdp2_compiled": {"fsdp2": {}, **COMPILED},
 }
@@ -160,9 +156,7 @@ def _refuse(tokenizer: PreTrainedTokenizerFast, teacher: str, **case: Any) -> st
     automatic = case.pop("automatic", False)
     try:
         trainer, _ = build(tokenizer, teacher, **case)
-        trainer.state.auto_microbatching = (
-            automatic  # as fit(device_train_microbatch_size="auto") sets it, on CUDA only
-        )
+        trainer.state.auto_microbatching = automatic  # as device_train_microbatch_size: auto sets it, on CUDA only
         trainer.fit()
     except ValueError as error:
         return str(error)
@@ -179,13 +173,10 @@ class _MeanOfGradients(Callback):
 
 
 class _Killed(Callback):
-    """Kills its own process in the middle of a batch, as a pre-emption does."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    """Kills its own process in the middle of the fifth batch, as a pre-emption does."""
 
     def after_forward(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch == self.batch:
+        if state.timestamp.batch == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -202,10 +193,8 @@ class _Curve(LoggerDestination):
                 file.write(json.dumps({"batch": step, **found}) + "\n")
 
 
-def preempted(tokenizer: PreTrainedTokenizerFast, teacher: str, out: Path, who: str) -> None:
-    """A run that resumes by itself, killed on one rank in its fifth batch, on all in its seventh, or not at all."""
-    batch = {"one": 4, "all": 6, "none": -1}[who]
-    killed = who == "all" or (who == "one" and dist.get_global_rank() == 1)
+def preempted(tokenizer: PreTrainedTokenizerFast, teacher: str, out: Path, killed: bool) -> None:
+    """A run that resumes by itself, or is killed in its fifth batch."""
     resumable(
         tokenizer,
         teacher,
@@ -215,17 +204,17 @@ def preempted(tokenizer: PreTrainedTokenizerFast, teacher: str, out: Path, who: 
         run_name="preempted",
         autoresume=True,
         loggers=[_Curve(out / "curve.jsonl")],
-        callbacks=[_Killed(batch)] if killed else [],
+        callbacks=[_Killed()] if killed else [],
     )
 
 
-def main(teacher: str, folder: str, who: str = "one") -> None:
+def main(teacher: str, folder: str, what: str = "cases") -> None:
     out = Path(folder)
     allow_fsdp_without_cuda()
     dist.initialize_dist("cpu")
     rank = dist.get_global_rank()
     tokenizer = load_tokenizer(teacher)
-    if who == "one":
+    if what == "cases":
         other = out / "other"  # for the second rank: one weight differs
         if rank == 1:
             model = LlamaForCausalLM.from_pretrained(teacher)
@@ -248,7 +237,7 @@ def main(teacher: str, folder: str, who: str = "one") -> None:
         results["resumed"]["removed"] = resumable(tokenizer, None, out, fsdp="sharded", load="sharded/ep0-ba3")
         results["resumed"]["over"] = resumable(tokenizer, "./nowhere", out, fsdp="sharded", load="sharded/ep0-ba6")
         torch.save(results, out / f"rank{rank}.pt")
-    preempted(tokenizer, teacher, out, who)
+    preempted(tokenizer, teacher, out, killed=what == "cases" and rank == 1)
 
 
 if __name__ == "__main__":

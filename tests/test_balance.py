@@ -60,15 +60,17 @@ def test_the_share_is_the_one_under_which_the_mixture_predicts_best():
     assert stacking_weight(histogram(torch.zeros(9), torch.zeros(9).bool())) == 0.5
 
 
-def test_the_lead_is_a_share_of_the_perplexity():
+def test_a_lead_counts_in_full_from_half_a_nat():
     lead = Lead()
     assert lead.share == 1
-    lead.update(math.log(4))
-    assert lead.share == pytest.approx(3 / 4)
+    lead.update(0.3)
+    assert lead.share == pytest.approx(0.6)
     lead.update(math.nan)
-    lead.update(0.0)
-    assert lead.share == pytest.approx(1 - 4**-0.9)
-    for _ in range(20):
+    lead.update(1.3)
+    assert lead.share == pytest.approx(0.8)
+    lead.update(9.0)
+    assert lead.share == 1
+    for _ in range(40):
         lead.update(-1.0)
     assert lead.share == 0
 
@@ -104,7 +106,7 @@ def test_the_weight_of_the_second_batch_is_the_ratio_of_the_firsts_gradients_tim
     logs = LlamaForCausalLM.from_pretrained(teacher_folder)(batch["input_ids"]).logits.log_softmax(-1)
     theirs = -logs[:, :-1].gather(-1, batch["labels"][:, 1:, None].clamp(0))[mask[:, :-1]].mean()
     assert metrics(trainer, "let/lead")[0] == pytest.approx(lead := float(lm - theirs), rel=1e-4)
-    assert metrics(trainer, "let/weight")[:2] == pytest.approx([0.1, 0.75 * ratio * (1 - math.exp(-lead))], rel=1e-4)
+    assert metrics(trainer, "let/weight")[:2] == pytest.approx([0.1, 0.75 * ratio * min(1, lead / 0.5)], rel=1e-4)
     assert metrics(trainer, "let/gradient_ratio")[0] == pytest.approx(0.1 / ratio, rel=1e-4)
 
 

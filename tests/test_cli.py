@@ -1,6 +1,9 @@
 """The command as a user has it: from a wheel, outside of the repository, beside the locked packages."""
 
+import importlib
+import json
 import os
+import runpy
 import shutil
 import site
 import subprocess
@@ -34,6 +37,26 @@ def test_what_a_user_can_put_right_is_told_in_a_line(capsys, monkeypatch, tmp_pa
         assert message in error and "Traceback" not in error
 
 
+def is_program(path: Path) -> bool:
+    return "__name__ ==" in path.read_text() and not path.stem.startswith("benchmark")
+
+
+@pytest.mark.parametrize("program", [*VERBS, *filter(is_program, sorted((ROOT / "scripts").glob("*.py")))], ids=str)
+def test_help_shows_the_docstring_as_it_is_written(program, capsys, monkeypatch):
+    """A line's backslash at its end glues it to the next, unless the docstring is raw."""
+    with pytest.raises(SystemExit) as ended:
+        if isinstance(program, Path):
+            monkeypatch.setattr(sys, "argv", [program.name, "--help"])
+            runpy.run_path(str(program), run_name="__main__")
+        main([program, "--help"])
+    shown, source = capsys.readouterr().out, program
+    assert ended.value.code == 0 and shown.startswith("usage: ")
+    if not isinstance(program, Path):
+        source = Path(importlib.import_module(VERBS[program][0]).__file__ or "")
+    lines = source.read_text().split('"""')[1].splitlines()
+    assert len(lines) > 1 and set(map(str.rstrip, lines)) <= set(map(str.rstrip, shown.splitlines()))
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The command of a wheel in an environment of its own, which sees the locked packages but not the repository."""
@@ -55,7 +78,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_wheel_outside_of_the_repository(installed, tmp_path):
+def test_a_wheel_outside_of_the_repository(installed, tmp_path, teacher_folder):
     def call(*arguments: str) -> str:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run([installed, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -70,6 +93,12 @@ def test_a_wheel_outside_of_the_repository(installed, tmp_path):
     assert "let_1b4 " in call("yaml")
     plan = call("plan", "my.yaml", "--gpus", "32", "--gpu", "h100", "run_name=mine")
     assert plan.startswith("run ") and "mine" in plan and "fits in 79 GiB" in plan
+    texts = [{"text": f"w{i} " * 40, "meta": {"pile_set_name": "Toy"}} for i in range(30)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    shape = ["--sequence-length", "16", "--validation", "0.2", "--workers", "1"]
+    call("prepare", "texts.jsonl", "--out", "shards", "--tokenizer", teacher_folder, *shape)
+    assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["sequence_length"] == 16
+    call("verify", "shards")
     rows = ["step,time/token,metrics/eval/LanguageCrossEntropy", "0,0,", "1,100,", "2,200,3.5"]
     for name in ("a", "b"):
         (tmp_path / f"{name}.csv").write_text("\n".join(rows))

@@ -71,7 +71,7 @@ def test_a_yaml_that_is_not_there_is_named():
 
 
 def test_what_a_yaml_leaves_open_is_asked_for():
-    with pytest.raises(ValueError, match="let_7b.yaml leaves variables.data_local open.*variables.data_local=..."):
+    with pytest.raises(SystemExit, match="let_7b.yaml leaves variables.data_local open.*variables.data_local=..."):
         script.main([str(ROOT / "yamls" / "let_7b.yaml")])
 
 

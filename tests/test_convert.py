@@ -1,6 +1,7 @@
 """Documents to shards: what is written, that nothing is lost, repeated or half there, and what bad input says."""
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -518,6 +519,40 @@ def test_damaged_file(tmp_path: Path, tokenizer: str, suffix: str, damage: str) 
     assert suffix == "gz" or damage == "corrupt" or problem["line"] > 100
 
 
+def test_damaged_parquet(tmp_path: Path, tokenizer: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f"{i} {text}" for i, text in enumerate(english() * 2)]
+    raw = [text.encode() for text in texts]
+    raw[700] = b"\xff\xfe is not UTF-8"
+    binary = pyarrow.array(raw, pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), binary.buffers())
+    source = tmp_path / "a.parquet"
+    options: dict[str, Any] = {"row_group_size": 1024, "use_dictionary": False, "compression": "gzip"}
+    pyarrow.parquet.write_table(pyarrow.table({"body": column}), source, **options)
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'text': --text-key must be one of body\."):
+        run(plan(source, tokenizer), tmp_path / "nothing")
+    made = plan(source, tokenizer, text_key="body", on_error="skip", shuffle_seed=None)
+    with pytest.raises(DataError, match=r"a\.parquet, line 701: invalid UTF-8"):
+        run(dataclasses.replace(made, on_error="stop"), tmp_path / "stopped")
+    manifest = run(made, tmp_path / "out")
+    assert manifest["problems"]["counts"] == {"invalid UTF-8": 1}
+    assert manifest["streams"][""]["splits"]["train"]["documents"] == len(texts) - 1
+    shutil.rmtree(tmp_path / "out")
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), source, **options)
+    place = pyarrow.parquet.ParquetFile(source).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(source.read_bytes())
+    content[place + 200 : place + 400] = bytes(200)
+    source.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet, line 1025: corrupt file"):
+        run(dataclasses.replace(made, on_error="stop"), tmp_path / "stopped again")
+    manifest = run(made, tmp_path / "out")
+    assert manifest["problems"]["counts"] == {"corrupt file": 1}
+    assert manifest["streams"][""]["splits"]["train"]["documents"] == 1024
+    assert run(made, tmp_path / "out") == manifest
+
+
 def test_errors_before_any_work(tmp_path: Path, tokenizer: str) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(jsonl(english(60_000)))
@@ -525,12 +560,16 @@ def test_errors_before_any_work(tmp_path: Path, tokenizer: str) -> None:
         (tmp_path / "none.jsonl", "No such file or folder"),
         (tmp_path / "empty", "Nothing to read"),
         (tmp_path / "a.txt", "Cannot read .*ends in .jsonl"),
-        ("nosuch://bucket/a.jsonl", "Expected a file, folder, URL"),
+        ("nosuch://bucket/a.jsonl", "Expected a file, folder or URL"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         (tmp_path / "a.txt").write_text("x")
         with pytest.raises(DataError, match=message):
             run(plan(inputs, tokenizer), tmp_path / "out")
+    with pytest.raises(DataError, match=r"line 1: no text: .*a string under 'body', got one with text, meta"):
+        run(plan(source, tokenizer, text_key="body"), tmp_path / "stopped")
+    with pytest.raises(DataError, match="workers must be at least 1, got -1"):
+        run(plan(source, tokenizer), tmp_path / "out", workers=-1)
     with pytest.raises(DataError, match="No tokenizer at"):
         run(plan(source, str(tmp_path / "empty")), tmp_path / "out")
     with pytest.raises(DataError, match="must be one token of .*got '<eos>'"):

@@ -146,6 +146,9 @@ def test_what_is_missing_is_explained(tmp_path, items, monkeypatch):
     with pytest.raises(ValueError, match="lm-eval has no 'hellaswagg' .did you mean 'hellaswag"):
         script.score("x", ["hellaswagg"])
     (tmp_path / "schema.jsonl").unlink()
-    for name, message in ((path, "No such file or directory: .*schema.jsonl"), ("missing.yaml", "no YAML at 'missing.yaml'")):
+    for name, message in (
+        (path, "No such file or directory: .*schema.jsonl"),
+        ("missing.yaml", "no YAML at 'missing.yaml'"),
+    ):
         with pytest.raises((ValueError, OSError), match=message):
             script.local_tasks(name)

@@ -11,7 +11,7 @@ from let_composer import LET
 
 def test_layers_and_resizing(train, teacher_folder):
     losses = [
-        metrics(train(LET(teacher_folder, stop="2ba", **options)), "let/loss")[0]
+        metrics(train(LET(teacher_folder, stop="2ba", **options), max_duration="1ba"), "let/loss")[0]
         for options in (
             {},
             {"resize": "teacher"},

@@ -1,6 +1,7 @@
 """Blocks found by structure, and their output captured once per forward."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -147,12 +148,26 @@ def test_unarmed_forwards_leave_nothing(student):
     assert capture.hidden is None and not student.model.transformer.blocks[1]._forward_hooks
 
 
-def test_a_copy_of_the_model_copies_no_activation(student):
+@pytest.mark.parametrize("duplicate", ["save", "deepcopy"])
+def test_a_guided_model_can_be_saved_and_copied_and_the_copy_is_not_hooked(student, duplicate):
     capture = Capture(resolve_layer(student, 2)[1])
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
     capture.arm()
-    student({"input_ids": torch.randint(0, VOCABULARY, (2, LENGTH))})
+    student({"input_ids": ids})
     assert capture.hidden is not None and capture.hidden.grad_fn is not None  # deepcopy of such a tensor would raise
-    copy.deepcopy(student)
+    if duplicate == "save":
+        torch.save(student.model, file := io.BytesIO())
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(student.model)
+    capture.take()
+    capture.arm()
+    torch.testing.assert_close(other(ids).logits, student.model(ids).logits)
+    assert capture.take() is not None
+    capture.arm()
+    other(ids)
+    assert capture.hidden is None
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -80,33 +80,13 @@ def write_gguf(path, model: LlamaForCausalLM, tokens: list[str]) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    parts = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         data = tensor.detach().clone()
-        if name.startswith("model.layers."):
-            _, _, block, part = name.removesuffix(".weight").split(".", 3)
-            if part in ("self_attn.q_proj", "self_attn.k_proj"):  # GGUF keeps rotary halves interleaved
-                heads, (rows, columns) = config.num_attention_heads, data.shape
-                data = data.view(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-            target = f"blk.{block}.{parts[part]}.weight"
-        else:
-            target = names[name]
-        writer.add_tensor(target, np.ascontiguousarray(data.numpy()))
+        if "q_proj" in name or "k_proj" in name:  # GGUF keeps rotary halves interleaved
+            heads, (rows, columns) = config.num_attention_heads, data.shape
+            data = data.view(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(data.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

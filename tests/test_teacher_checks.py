@@ -1,7 +1,6 @@
 """Teachers of many families, each through a real folder: what is refused by name, and what the others must keep."""
 
 import copy
-import io
 import json
 from collections import Counter
 from typing import Any
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 from let_composer.pretrained import wanted
-from let_composer.student import Capture, resolve_layer
 from let_composer.teacher import Teacher, build_body, read_vocabulary
 
 SIZES: dict[str, Any] = {
@@ -238,21 +236,3 @@ def test_an_exported_mpt_separates_documents(tokenizer, tmp_path):
     ids = torch.randint(0, VOCABULARY, (1, LENGTH))
     documents = (torch.arange(LENGTH) >= 7).long()[None]
     torch.testing.assert_close(teacher.hidden(ids, sequence_id=documents)[:, 7:], teacher.hidden(ids[:, 7:]))
-
-
-@pytest.mark.parametrize("duplicate", ["save", "deepcopy"])
-def test_a_guided_model_can_be_saved_and_copied_and_the_copy_is_not_hooked(student, duplicate):
-    capture = Capture(resolve_layer(student, 2)[1])
-    if duplicate == "save":
-        torch.save(student.model, file := io.BytesIO())
-        file.seek(0)
-        other: Any = torch.load(file, weights_only=False)
-    else:
-        other = copy.deepcopy(student.model)
-    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
-    capture.arm()
-    torch.testing.assert_close(other(ids).logits, student.model(ids).logits)
-    captured = capture.take()
-    capture.arm()
-    other(ids)
-    assert captured is not None and capture.hidden is None

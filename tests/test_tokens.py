@@ -1,6 +1,9 @@
 """The ids are the tokenizer's, however long the text, and special tokens in it are text."""
 
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,37 @@ def test_a_document_longer_than_a_stretch_and_one_that_names_the_end(tmp_path: P
     hf.backend_tokenizer.encode_special_tokens = True
     expected = [i for text in texts for i in [*hf.backend_tokenizer.encode(text).ids, hf.eos_token_id]]
     assert stream.tolist() == expected[: len(stream)] and len(expected) - len(stream) < LENGTH
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from let_composer.data.plan import Plan
+from let_composer.data.shards import Job, start_worker, write_piece
+from let_composer.data.sources import list_sources, read_pieces
+work, plan = Path(sys.argv[2]), Plan((), sys.argv[1], 64, on_error="skip")
+start_worker(Job(plan, Path(sys.argv[1], "tokenizer.json").read_text(), 0, "uint16", work, None), {})
+def most(file):
+    ((source,), _) = list_sources([file])
+    for piece in read_pieces(source, 0, 1 << 20, "text"):
+        write_piece(piece)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = most(sys.argv[3])
+print([most(file) - before for file in sys.argv[4:]])
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path: Path, tokenizer: str) -> None:
+    """For a document of 30 MB in one line, and for a million rows that have no text."""
+    text = "\n".join(english(400_000))
+    (tmp_path / "small.jsonl").write_bytes(jsonl([text] * 8))
+    (tmp_path / "textless.jsonl").write_bytes(b'{"body": "x"}\n' * 1_000_000)
+    (tmp_path / "long.jsonl").write_bytes(jsonl([text * 75]))
+    for folder in ("pieces", "out"):
+        (tmp_path / folder).mkdir()
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("small", "textless", "long")]
+    command = [sys.executable, "-c", MEMORY, tokenizer, str(tmp_path), *names]
+    textless, long = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert textless < 50e6
+    assert long < 8 * 75 * len(text)  # tokenized at once it is some 30 times its size

@@ -89,9 +89,26 @@ def test_a_bad_list_is_explained(tmp_path, algorithms, message):
         load(write(tmp_path / "run.yaml", algorithms), [])
 
 
-def test_no_yaml_shows_the_usage():
-    with pytest.raises(SystemExit, match="composer scripts/train.py"):
-        script.main([])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["max_duraton=2ba"], "train.py: the YAML has no 'max_duraton' .did you mean 'max_duration'"),
+        (["algorithms.let.wieght=1"], "train.py: LET has no option 'wieght' .did you mean 'weight'"),
+        (["algorithms.let.weight=-1"], "train.py: weight must be finite"),
+        (["seed=???"], "train.py: .*run.yaml leaves seed open"),
+        (["a=[1"], "train.py: the command line cannot be read"),
+        (["nowhere.yaml"], "train.py: there is no YAML at 'nowhere.yaml'"),
+    ],
+)
+def test_what_a_user_can_put_right_is_told_in_a_line(tmp_path, given, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main([write(tmp_path / "run.yaml", " [let]"), *given])
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "train", lambda config: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        script.main([write(tmp_path / "run.yaml", " [let]")])
 
 
 def test_the_entry_point_is_installed():
@@ -200,7 +217,7 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
 def test_shards_made_otherwise_are_refused_before_training(shards, teacher_folder, changes, message):
     made = {"vocabulary_size": 62, "name": "here", "fingerprint": "sha256:0"}
     manifest = {"sequence_length": 16, "tokenizer": made, **changes}
-    (shards / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    (shards / "shards" / "train" / "manifest.json").write_text(json.dumps(manifest))
     path = shards / "run.yaml"
     path.write_text(SMALL_CPU.format(root=shards, let=f"  let: {{teacher: {teacher_folder}}}"))
     with pytest.raises(ValueError, match=message):

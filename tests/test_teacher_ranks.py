@@ -1,0 +1,73 @@
+"""The teacher's start on four ranks, two nodes of two: one verdict for all, and a share for each rank of a node."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def ranks(teacher_folder, tokenizer, tmp_path_factory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("out")
+    for name, value in (("other", 0.5), ("broken", float("nan"))):
+        model: Any = LlamaForCausalLM.from_pretrained(teacher_folder)
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(4):
+        place = {"RANK": rank, "LOCAL_RANK": rank % 2, "NODE_RANK": rank // 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+        environment = {
+            **os.environ,
+            **{key: str(value) for key, value in place.items()},
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, "tests/teacher_ranks.py", teacher_folder, str(out / "other"), str(out)]
+        with (out / f"{rank}.log").open("w") as said:
+            processes.append(
+                subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stdout=said, stderr=said)
+            )
+    try:
+        codes = [process.wait(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(codes), [(out / f"{rank}.log").read_text()[-3000:] for rank in range(4)]
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(4)]
+
+
+def test_every_rank_has_it_whole_or_its_share_within_the_node(ranks, teacher_folder):
+    expected = LlamaForCausalLM.from_pretrained(teacher_folder).eval()(torch.arange(16).view(2, 8)).logits
+    for rank in ranks:
+        torch.testing.assert_close(rank["logits"], expected)
+        torch.testing.assert_close(rank["shared"], expected)
+        assert rank["share"] == ((24, 48), (12, 48))  # of two ranks, not of four
+        assert rank["separates"] and len({f for r in ranks for f in r["fingerprints"]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("other", "expected the same teacher on every rank"),
+        ("missing", "there is no teacher at './nowhere'"),
+        ("broken", "weights that are NaN or infinite"),  # only the first rank of a node checks
+        ("vocabulary", "has another vocabulary"),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_raised_on_all(ranks, case, message):
+    assert all(message in rank[case] for rank in ranks)
