@@ -49,11 +49,12 @@ class LET(Guidance[LETOptions]):
             early layer").
         teacher_layer: Teacher hidden state; ``-1`` is the last, after the final norm. Default: ``-1`` (paper: the last
             layer; after the norm is our choice).
-        weight: Weight at the start (paper: lambda_0), finite and not negative; or ``"auto"``, at which the term's
-            gradient at the guided block is as long as that of the student's loss (:class:`GradientRatio`; our choice).
-            It harms where the student passes the teacher early in the run (README, evidence).
-            Default: ``0.1``, the paper's best at 1.4B; students of a few million parameters needed 10 (README,
-            evidence).
+        weight: ``"auto"``: the term's gradient at the guided block is as long as that of the student's loss
+            (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:class:`Lead`). Once
+            it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
+            number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best at 1.4B is 0.1.
+            Default: ``"auto"``, our choice: it gained as much as the best number tried, and an early overtaken or an
+            untrained teacher did no harm (yamls/evidence/automatic.md).
         stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once
             and kept in checkpoints, until the clock is reset. Past ``max_duration`` it warns. Default: ``"0.5dur"``,
             our choice, the paper is silent; an earlier one saved less with 0.64M students (README, evidence).
@@ -80,6 +81,7 @@ class LET(Guidance[LETOptions]):
     - ``let/lm_loss``: the student's loss before the term is added.
     - ``let/cosine`` and ``let/constant_cosine``: the cosine, and what the best constant vector would score.
     - ``let/usable``: the share of tokens whose hidden states had a direction on both sides; warns once when it is low.
+    - ``let/lead``, with ``weight: auto``: the student's loss less the teacher's, in nats.
     - ``let/gradient_ratio``: at the guided block, length of the weighted term's gradient over that of the student's
       loss.
 
@@ -100,7 +102,7 @@ class LET(Guidance[LETOptions]):
         teacher: str = "EleutherAI/pythia-160m",
         student_layer: int | str = 3,
         teacher_layer: int = -1,
-        weight: float | Literal["auto"] = 0.1,
+        weight: float | Literal["auto"] = "auto",
         stop: str = "0.5dur",
         anneal: Anneal = "linear",
         resize: Resize = "student",

@@ -112,12 +112,10 @@ def test_a_rehearsal(tmp_path):
     """What shares code with nothing else here; by hand, all parts are rehearsed where the device's packages are."""
     names = ["ceilings", "loss", "teacher-1b4", "toy-data", "evidence-125m"]
     command = [sys.executable, script.__file__, "--rehearse", "--out", str(tmp_path / "report"), "--only", *names]
-    for folder in os.environ["PATH"].split(os.pathsep):  # everything but git
-        for path in Path(folder).glob("*"):
-            if not path.name.startswith("git") and not (tmp_path / "bin" / path.name).exists():
-                (tmp_path / "bin").mkdir(exist_ok=True)
-                (tmp_path / "bin" / path.name).unlink(missing_ok=True)
-                (tmp_path / "bin" / path.name).symlink_to(path)
+    tools = [tool for folder in os.environ["PATH"].split(os.pathsep) for tool in Path(folder).glob("*")]
+    (tmp_path / "bin").mkdir()
+    for name, tool in {tool.name: tool for tool in reversed(tools) if not tool.name.startswith("git")}.items():
+        (tmp_path / "bin" / name).symlink_to(tool)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(tmp_path / "bin")}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     page = (tmp_path / "report-rehearsal" / "report.md").read_text()

@@ -229,7 +229,10 @@ def test_the_page_in_a_browser(tmp_path):
 
 @pytest.mark.slow
 def test_what_composer_itself_logs(tmp_path, train, tokenizer, teacher_folder):
-    for name, algorithms in {"plain-s1": [], "let-s1": [LET(teacher_folder, student_layer=1, stop="4ba")]}.items():
+    for name, algorithms in {
+        "plain-s1": [],
+        "let-s1": [LET(teacher_folder, student_layer=1, stop="4ba", weight=0.1)],
+    }.items():
         train(
             *algorithms,
             run_name=name,

@@ -61,7 +61,9 @@ def test_commands_and_paths_exist(page):
             importlib.import_module(VERBS[called[1]][0]).add_arguments(parser)
             assert set(flags) <= set(parser._option_string_actions), line
         elif called := re.match(r"(?:python|bash) (\S+)", line):
-            assert all(flag in (ROOT / called[1]).read_text() for flag in flags if called[1] != "-m"), line
+            program = ROOT / called[1]
+            text = (program / "__main__.py" if program.is_dir() else program).read_text() if called[1] != "-m" else line
+            assert all(flag in text for flag in flags), line
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class TestSeparation:
 
     def test_not_in_the_checkpoint_nor_the_optimizer_nor_the_export(self, train, teacher_folder, tmp_path):
         plain = train(max_duration="1ba")
-        guided = train(LET(teacher_folder, stop="4ba"), max_duration="4ba", fit=False)
+        guided = train(LET(teacher_folder, stop="4ba", weight=0.1), max_duration="4ba", fit=False)
         guided.fit(duration="1ba")
         assert guided.state.algorithms[0]._teacher is not None
         assert plain.state.state_dict()["model"].keys() == guided.state.state_dict()["model"].keys()
@@ -47,7 +47,7 @@ class TestSeparation:
         assert len(guided.state.state_dict()["algorithms"][0][1]["repr"]) < 300
 
     def test_the_state_is_plain(self, train, teacher_folder):
-        algorithm = LET(teacher_folder, stop="4ba", normalize_teacher="standardize")
+        algorithm = LET(teacher_folder, stop="4ba", normalize_teacher="standardize", weight=0.1)
         train(algorithm, max_duration="4ba")
 
         def plain(value: Any) -> bool:
@@ -219,7 +219,7 @@ class TestCompany:
     @pytest.mark.parametrize("return_dict", [True, False])  # without, Composer gets the loss as a tuple
     def test_a_hugging_face_student(self, train, tokenizer, teacher_folder, return_dict):
         model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": return_dict})
-        trainer = train(LET(teacher_folder, student_layer=1, stop="4ba"), model=model)
+        trainer = train(LET(teacher_folder, student_layer=1, stop="4ba", weight=0.1), model=model)
         assert len(metrics(trainer, "let/loss")) == 4
 
     def test_a_mixture_of_experts_loss(self, train, tokenizer, teacher_folder):
@@ -242,7 +242,7 @@ class TestCompany:
         algorithms = (
             GradientClipping(clipping_type="norm", clipping_threshold=1.0),
             EMA(half_life="2ba"),
-            LET(teacher_folder, stop="4ba"),
+            LET(teacher_folder, stop="4ba", weight=0.1),
         )
         options = {"eval_dataloader": evaluator(tokenizer), "eval_interval": "2ba"}
         trainer = train(*algorithms, callbacks=[KillLossSpike(window_size=2)], **options, fit=False)
@@ -253,7 +253,7 @@ class TestCompany:
         assert len(metrics(trainer, "metrics/eval/LanguageCrossEntropy")) >= 3
 
     def test_generation_between_batches(self, train, tokenizer, teacher_folder):
-        trainer = train(LET(teacher_folder, stop="4ba"), max_duration="4ba", fit=False)
+        trainer = train(LET(teacher_folder, stop="4ba", weight=0.1), max_duration="4ba", fit=False)
         trainer.fit(duration="2ba")
         trainer.state.model.eval()
         ids = torch.ones(1, 3, dtype=torch.long)
@@ -280,7 +280,7 @@ class TestCompany:
         shown: dict[str, Any] = {}
         bar = ProgressBarLogger()
         bar.log_to_pbar = lambda data: shown.update(data)  # what it would write behind the bar
-        train(LET(teacher_folder, stop="4ba"), loggers=[bar])
+        train(LET(teacher_folder, stop="4ba", weight=0.1), loggers=[bar])
         assert {"let/loss", "let/lm_loss"} <= shown.keys()
 
     @pytest.mark.parametrize("place", ["student", "teacher", "term", "loss"])
@@ -375,7 +375,7 @@ class TestMetrics:
                 logger.log_metrics({"early": 1.0})
 
         logger = Forward()
-        train(Early(), LET(teacher_folder, stop="4ba"), loggers=[logger])
+        train(Early(), LET(teacher_folder, stop="4ba", weight=0.1), loggers=[logger])
         for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine", "let/usable"):
             assert logger.seen.count(name) == 4, name
 
@@ -399,7 +399,7 @@ class TestTwoMethods:
 
     def test_two_lets_are_refused(self, train, teacher_folder):
         with pytest.raises(ValueError, match="one algorithm that logs under let/"):
-            train(LET(teacher_folder), LET(teacher_folder, student_layer=1), fit=False)
+            train(LET(teacher_folder, weight=0.1), LET(teacher_folder, student_layer=1, weight=0.1), fit=False)
 
     def test_their_order_does_not_matter_and_one_teacher_serves_both(self, train, teacher_folder, monkeypatch):
         runs = []
@@ -441,7 +441,7 @@ class TestBatches:
         )
         data = DataSpec(loader, get_num_samples_in_batch=lambda batch: 8, get_num_tokens_in_batch=lambda batch: 8)
         with pytest.raises(ValueError, match=f"LET needs batches that map 'input_ids' and 'labels'.*{found}"):
-            train(LET(teacher_folder, stop="2ba"), data=data, accumulate_train_batch_on_tokens=False)
+            train(LET(teacher_folder, stop="2ba", weight=0.1), data=data, accumulate_train_batch_on_tokens=False)
 
     @pytest.mark.parametrize("separate", [True, False])
     @pytest.mark.filterwarnings("ignore:MPT received non-None input for `sequence_id`")  # where it does not separate
@@ -464,7 +464,9 @@ class TestBatches:
         loader = torch.utils.data.DataLoader(loader.dataset, batch_size=8, collate_fn=packed)
         data = DataSpec(loader, get_num_tokens_in_batch=build_data(tokenizer).get_num_tokens_in_batch)
         model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": separate})
-        trainer = train(LET(teacher_folder, stop="1ba"), data=data, model=model, max_duration="1ba", fit=False)
+        trainer = train(
+            LET(teacher_folder, stop="1ba", weight=0.1), data=data, model=model, max_duration="1ba", fit=False
+        )
         monkeypatch.setattr(Teacher, "hidden", spy)
         trainer.fit()
         assert seen == [separate]
@@ -477,4 +479,4 @@ class TestBatches:
         tokenizer.save_pretrained(tmp_path)
         model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": True})
         with pytest.raises(ValueError, match=f"cannot separate the documents of a packed row of {LENGTH} tokens"):
-            train(LET(str(tmp_path), stop="1ba"), model=model, max_duration="1ba", fit=False)
+            train(LET(str(tmp_path), stop="1ba", weight=0.1), model=model, max_duration="1ba", fit=False)

@@ -11,7 +11,7 @@ from let_composer import LET
 
 def test_layers_and_resizing(train, teacher_folder):
     losses = [
-        metrics(train(LET(teacher_folder, stop="2ba", **options), max_duration="1ba"), "let/loss")[0]
+        metrics(train(LET(teacher_folder, stop="2ba", **{"weight": 0.1, **options}), max_duration="1ba"), "let/loss")[0]
         for options in (
             {},
             {"resize": "teacher"},
@@ -28,7 +28,7 @@ def test_frozen_blocks_are_refused(train, tokenizer, teacher_folder):
     for module in (model.model.transformer.wte, model.model.transformer.wpe, *model.model.transformer.blocks[:3]):
         module.requires_grad_(False)
     with pytest.raises(ValueError, match="something to train up to model.transformer.blocks.2 .student_layer 3."):
-        train(LET(teacher_folder, stop="4ba"), model=model, fit=False)
+        train(LET(teacher_folder, stop="4ba", weight=0.1), model=model, fit=False)
 
 
 class Freezes(Algorithm):
@@ -54,4 +54,4 @@ def test_a_block_whose_parameters_train_but_whose_output_carries_no_gradient(tra
     model = hf_student(tokenizer, teacher_folder)
     model.model.model.layers[0].register_forward_hook(lambda module, args, output: (output[0].detach(), *output[1:]))
     with pytest.raises(RuntimeError, match="student_layer 1 to carry a gradient"):
-        train(LET(teacher_folder, student_layer=1, stop="4ba"), model=model)
+        train(LET(teacher_folder, student_layer=1, stop="4ba", weight=0.1), model=model)

@@ -66,15 +66,25 @@ class TestResume:
         assert metrics(straight, "let/loss")[2:] == metrics(resumed, "let/loss")
 
     def test_the_end_does_not_move_with_max_duration(self, train, teacher_folder, tmp_path):
-        train(LET(teacher_folder, stop="0.5dur"), save_folder=str(tmp_path), save_interval="2ba", max_duration="8ba")
-        algorithm = LET(teacher_folder, stop="0.5dur")
+        train(
+            LET(teacher_folder, stop="0.5dur", weight=0.1),
+            save_folder=str(tmp_path),
+            save_interval="2ba",
+            max_duration="8ba",
+        )
+        algorithm = LET(teacher_folder, stop="0.5dur", weight=0.1)
         resumed = train(algorithm, load_path=str(tmp_path / "ep0-ba2-rank0.pt"), max_duration="16ba", fit=False)
         assert algorithm.schedule.end == Time.from_timestring("4ba")
         resumed.close()
 
     def test_a_changed_stop_counts_and_is_reported(self, train, teacher_folder, tmp_path, caplog):
-        train(LET(teacher_folder, stop="0.5dur"), save_folder=str(tmp_path), save_interval="2ba", max_duration="8ba")
-        algorithm = LET(teacher_folder, stop="0.75dur", student_layer=2)
+        train(
+            LET(teacher_folder, stop="0.5dur", weight=0.1),
+            save_folder=str(tmp_path),
+            save_interval="2ba",
+            max_duration="8ba",
+        )
+        algorithm = LET(teacher_folder, stop="0.75dur", student_layer=2, weight=0.1)
         train(algorithm, load_path=str(tmp_path / "ep0-ba2-rank0.pt"), max_duration="8ba", fit=False)
         assert algorithm.schedule.end == Time.from_timestring("6ba")
         assert "made with let.stop: '0.5dur', this run goes on with '0.75dur'" in caplog.text
@@ -84,7 +94,9 @@ class TestResume:
         train(save_folder=str(tmp_path), save_interval="2ba", max_duration="4ba")
         with pytest.warns(UserWarning, match="LET is not in the state_dict"):
             trainer = train(
-                LET(teacher_folder, stop="4ba"), load_path=str(tmp_path / "ep0-ba2-rank0.pt"), max_duration="4ba"
+                LET(teacher_folder, stop="4ba", weight=0.1),
+                load_path=str(tmp_path / "ep0-ba2-rank0.pt"),
+                max_duration="4ba",
             )
         assert metrics(trainer, "let/weight") == [0.05, 0.025, 0.0]
 
@@ -112,7 +124,7 @@ class TestRetirement:
         assert len(metrics(trainer, "let/loss")) == 3
 
     def test_once_and_with_the_step_and_the_memory(self, train, teacher_folder, caplog):
-        trainer = train(LET(teacher_folder, stop="2ba"))
+        trainer = train(LET(teacher_folder, stop="2ba", weight=0.1))
         messages = [r.getMessage() for r in caplog.records if "released" in r.getMessage()]
         size = sum(p.numel() for p in Teacher(teacher_folder).body.parameters()) * 4 / 2**20
         assert messages == [f"LET ended after batch 2: the teacher is released, {size:.1f} MiB of memory returned."]
@@ -129,7 +141,7 @@ class TestRetirement:
         assert metrics(trainer, "let/weight") == [1, 0.75, 0.5, 0.25, 0]
 
     def test_max_duration_given_to_fit(self, train, teacher_folder, caplog):
-        trainer = train(LET(teacher_folder, stop="0.5dur"), max_duration=None, fit=False)
+        trainer = train(LET(teacher_folder, stop="0.5dur", weight=0.1), max_duration=None, fit=False)
         trainer.fit(duration="4ba")
         assert metrics(trainer, "let/active") == [1, 1, 0]
         assert "LET guides until 2ba" in caplog.text
@@ -183,17 +195,25 @@ class TestOtherSettings:
     """A checkpoint of a run with other settings."""
 
     def test_each_is_named(self, train, teacher_folder, tmp_path, caplog):
-        train(LET(teacher_folder, stop="4ba"), save_folder=str(tmp_path), save_interval="2ba", max_duration="2ba")
+        train(
+            LET(teacher_folder, stop="4ba", weight=0.1),
+            save_folder=str(tmp_path),
+            save_interval="2ba",
+            max_duration="2ba",
+        )
         others = {"weight": 0.3, "anneal": "cosine", "resize": "teacher", "normalize_teacher": "center"}
         load = {"load_path": str(tmp_path / "ep0-ba2-rank0.pt"), "fit": False}
         train(LET(teacher_folder, stop="4ba", implementation="torch", **others), **load)
         for key, value in others.items():
-            assert f"let.{key}: {LET().options.__getattribute__(key)!r}, this run goes on with {value!r}" in caplog.text
+            assert (
+                f"let.{key}: {LET(weight=0.1).options.__getattribute__(key)!r}, this run goes on with {value!r}"
+                in caplog.text
+            )
         assert "let.implementation" not in caplog.text
 
     def test_statistics_belong_to_weights_not_to_a_name(self, train, tokenizer, teacher_folder, tmp_path, caplog):
         def run(folder: Any, **options: Any) -> LET:
-            algorithm = LET(str(folder), stop="4ba", normalize_teacher="center")
+            algorithm = LET(str(folder), stop="4ba", normalize_teacher="center", weight=0.1)
             train(algorithm, max_duration="4ba", **options)
             return algorithm
 
@@ -218,7 +238,7 @@ class TestLettingGo:
     def test_a_trainer_that_only_evaluates_needs_no_teacher(self, tokenizer):
         trainer = Trainer(
             model=build_student(tokenizer),
-            algorithms=LET("./nowhere"),
+            algorithms=LET("./nowhere", weight=0.1),
             eval_dataloader=evaluator(tokenizer),
             device="cpu",
             precision="fp32",
@@ -230,12 +250,14 @@ class TestLettingGo:
         model = build_student(tokenizer)
         options = {"device": "cpu", "precision": "fp32", "progress_bar": False, "loggers": [InMemoryLogger()]}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(model=model, algorithms=LET(teacher_folder, stop="2ba"), optimizers=optimizer, **options)
+        trainer = Trainer(
+            model=model, algorithms=LET(teacher_folder, stop="2ba", weight=0.1), optimizers=optimizer, **options
+        )
         trainer.fit(train_dataloader=build_data(tokenizer), duration="3ba")
         assert metrics(trainer, "let/active") == [1, 1, 0]
 
     def test_a_closed_trainer(self, train, teacher_folder):
-        algorithm = LET(teacher_folder, stop="6ba")
+        algorithm = LET(teacher_folder, stop="6ba", weight=0.1)
         trainer = train(algorithm, fit=False)
         trainer.fit(duration="2ba")
         body = weakref.ref(algorithm._teacher.body)
@@ -257,7 +279,7 @@ class TestBadRuns:
         [
             ({"teacher": "./nowhere"}, "there is no teacher at './nowhere'"),
             ({"student_layer": 31}, "has 4 blocks. Got 31"),
-            ({"teacher_layer": 9}, "has 2 blocks. Got 9"),
+            ({"teacher_layer": 9, "weight": 0.1}, "has 2 blocks. Got 9"),
             ({"placement": "shard"}, "needs at least two ranks"),
             ({"implementation": "triton"}, "implementation"),
         ],
@@ -276,7 +298,7 @@ class TestBadRuns:
         vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="2 of 64 token ids differ .3 is 'w3' here and 'w4' there"):
-            train(LET(str(tmp_path)), fit=False)
+            train(LET(str(tmp_path), weight=0.1), fit=False)
 
     def test_an_epoch_without_a_length(self, train, tokenizer, teacher_folder):
         class Endless(torch.utils.data.IterableDataset):
@@ -288,13 +310,13 @@ class TestBadRuns:
         loader = torch.utils.data.DataLoader(Endless(), batch_size=8, collate_fn=finite.dataloader.collate_fn)
         data = DataSpec(loader, get_num_tokens_in_batch=finite.get_num_tokens_in_batch)
         with pytest.raises(ValueError, match="stop is 1ep, but the training data loader has no length"):
-            train(LET(teacher_folder, stop="1ep"), data=data, fit=False)
+            train(LET(teacher_folder, stop="1ep", weight=0.1), data=data, fit=False)
 
 
 def test_every_guided_event_is_handled_and_matching_changes_nothing(train, teacher_folder):
-    algorithm = LET(teacher_folder, stop="4ba")
+    algorithm = LET(teacher_folder, stop="4ba", weight=0.1)
     trainer = train(algorithm, fit=False)
     before = dict(vars(algorithm))
     assert {event for event in Event if algorithm.match(event, trainer.state)} == _EVENTS[Phase.GUIDING]
     assert vars(algorithm) == before
-    assert repr(algorithm) == repr(LET(teacher_folder, stop="4ba"))
+    assert repr(algorithm) == repr(LET(teacher_folder, stop="4ba", weight=0.1))

@@ -56,7 +56,7 @@ def test_bad_options_of_the_rivals(options, error, message):
         SALT(**options)
 
 
-@pytest.mark.parametrize(("method", "weight"), [(LET, 0.1), (RKD, 0.5), (SALT, 0.5)])
+@pytest.mark.parametrize(("method", "weight"), [(LET, "auto"), (RKD, 0.5), (SALT, 0.5)])
 def test_read_without_building_are_those_of_the_algorithm(method, weight):
     assert read_options(method, {}) == method().options
     assert read_options(method, {"stop": "7ba"}) == method(stop="7ba").options

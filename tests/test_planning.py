@@ -47,7 +47,7 @@ model:
 max_seq_len: 16
 tokenizer: {{name: nowhere}}
 optimizer: {{name: decoupled_adamw}}
-algorithms: {{let: {{teacher: {teacher_folder}, stop: 0.5dur}}}}
+algorithms: {{let: {{teacher: {teacher_folder}, weight: 0.1, stop: 0.5dur}}}}
 max_duration: 100ba
 global_train_batch_size: 8
 device_train_microbatch_size: 4
@@ -174,7 +174,7 @@ def test_distillation_is_planned_with_its_logits(small, teacher_folder):
         plan(
             small,
             "algorithms=null",
-            f"algorithms={{{', '.join(f'{m}: {{teacher: {teacher_folder}}}' for m in names)}}}",
+            f"algorithms={{{', '.join(f'{m}: {{teacher: {teacher_folder}, weight: 0.1}}' for m in names)}}}",
         )
         for names in (["let"], ["rkd"], ["salt"], ["let", "rkd"])
     )

@@ -12,7 +12,7 @@ from let_composer.throughput import GuidedThroughput
 def test_throughput_with_the_teacher(train, tokenizer, teacher_folder):
     monitor = SpeedMonitor(window_size=2, gpu_flops_available=10**9)
     guided = GuidedThroughput(window_size=2)
-    algorithm = LET(teacher_folder, stop="5ba")
+    algorithm = LET(teacher_folder, stop="5ba", weight=0.1)
     trainer = train(algorithm, callbacks=[monitor, guided], max_duration="7ba", fit=False)
     flops = algorithm._teacher.flops(8 * LENGTH, LENGTH)
     share = flops / trainer.state.model.flops_per_batch({"input_ids": torch.zeros(8, LENGTH)})

@@ -1,6 +1,6 @@
 """Read every shard back as streaming does and check hashes, counts and token ids.
 
-    let-composer verify /data/pile-mds
+let-composer verify /data/pile-mds
 """
 
 import argparse

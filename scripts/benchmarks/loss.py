@@ -19,6 +19,7 @@ import json
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ import torch
 from machine import machine, write
 from torch._functorch import config as functorch
 
+from let_composer.cli import told
 from let_composer.loss import Implementation, Resize, alignment, reference, target_sum
 
 PAIRS = ["2048/768", "4096/2048", "2048/2048", "2048/576", "768/128"]  # student/teacher width
@@ -343,4 +345,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told("loss", main))

@@ -1,4 +1,4 @@
-"""What LET adds to a step: plain, guided and after-stop steps of one model in one Trainer, taking turns.
+r"""What LET adds to a step: plain, guided and after-stop steps of one model in one Trainer, taking turns.
 
     python scripts/benchmarks/step.py yamls/let_1b4.yaml --gpu h100 --out runs/benchmarks/1b4
     python scripts/benchmarks/step.py yamls/quickstart/baseline.yaml yamls/quickstart/let.yaml \
@@ -13,6 +13,7 @@ memory and utilisation next to what planning expects; OUT.json holds the rounds 
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel
 
 from let_composer import LET
+from let_composer.cli import told
 from let_composer.configuration import load
 from let_composer.planning import HARDWARE, Hardware, Plan, make_plan, teacher_config
 
@@ -213,4 +215,4 @@ def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told("step", main))

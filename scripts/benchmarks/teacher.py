@@ -8,6 +8,7 @@ student's forward. A form that does not work here says why in the table. OUT.jso
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from machine import machine, write
 from step import build
 
+from let_composer.cli import told
 from let_composer.configuration import load
 from let_composer.loss import alignment_loss
 from let_composer.student import resolve_layer
@@ -130,4 +132,4 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told("teacher", main))
