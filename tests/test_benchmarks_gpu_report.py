@@ -1,9 +1,15 @@
 """The GPU report's own doing: order, resumption, time limits. Its parts are tested where they are."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import gpu_report as script  # scripts/benchmarks/gpu_report.py
+import machine
 import pytest
 import torch
 
@@ -11,13 +17,14 @@ import torch
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """Run the report on a made-up machine with parts that only print."""
+    monkeypatch.setattr(script, "GRACE", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "test device")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 2**36}))
 
     def run(codes: dict[str, str], *arguments: str) -> int:
         def plan(*_):
-            return [script.Part(name, ["-c", code], 2) for name, code in codes.items()]
+            return [script.Part(name, ["-c", code], 3) for name, code in codes.items()]
 
         return script.main(["--out", str(tmp_path / "report"), *arguments], plan)
 
@@ -35,17 +42,37 @@ def test_parts_that_succeeded_are_not_run_again(report):
     assert [entry["exit"] for entry in json.loads((report.out / "report.json").read_text())] == [0, 0]
 
 
-def test_another_commit_or_device_is_measured_anew(report, monkeypatch):
-    assert report({"a": "print(1)"}) == 0
+def test_other_sources_or_another_device_are_measured_anew(report, monkeypatch, tmp_path):
+    assert report({"a": "print('of code 1')"}) == 0
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "other device")
-    assert report({"a": "print(2)"}) == 0
-    assert "print(2)" in (report.out / "report.md").read_text()
+    assert report({"a": "print('of device 2')"}) == 0
+    assert "of device 2" in (report.out / "report.md").read_text()
+    for folder in ("let_composer", "scripts"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "scripts" / "x.py").write_text("1")
+    first = machine.sources()
+    (tmp_path / "scripts" / "x.py").write_text("2")
+    assert machine.sources() != first
+    assert report({"a": "print('of code 3')"}) == 0
+    assert "of code 3" in (report.out / "report.md").read_text()
+
+
+def test_the_archive_goes_on_where_nothing_else_is_left(report, tmp_path):
+    archive = str(tmp_path / "kept.tar.gz")
+    assert report({"a": "print('figures')", "b": "raise SystemExit(1)"}, "--archive", archive) == 1
+    shutil.rmtree(report.out)
+    assert report({"a": "raise SystemExit('ran again')", "b": "print('mended')"}, "--archive", archive) == 0
+    page = (report.out / "report.md").read_text()
+    assert "figures" in page and "mended" in page
 
 
 def test_failures_time_limits_and_the_end_of_time_are_told(report, capsys):
-    assert report({"a": "import time; time.sleep(30)"}) == 1
-    assert "## a: ran out of time" in (report.out / "report.md").read_text()
-    assert report({"b": "pass"}, "--minutes", "0") == 1
+    late = "import time\ntry: time.sleep(30)\nexcept KeyboardInterrupt: print('kept what there was'); raise"
+    assert report({"a": late}) == 1
+    page = (report.out / "report.md").read_text()
+    assert "## a: ran out of time" in page and "kept what there was" in page  # it is asked before it is killed
+    assert report({"b": "pass"}, "--minutes", "0.04") == 1  # less than its limit
     assert "b: no time left" in capsys.readouterr().out
 
 
@@ -68,13 +95,32 @@ def test_what_a_part_started_ends_with_it(report):
 
 @pytest.mark.parametrize("flash", [True, False])
 def test_every_part_is_a_command_that_exists(tmp_path, flash, monkeypatch):
-    monkeypatch.setattr(script, "DATA", tmp_path / "manifest.json")
+    monkeypatch.setattr(script, "DATA", tmp_path / "absent")
     assert "evidence-125m" not in [part.name for part in script.parts(tmp_path, "h200", flash, 139)]
-    script.DATA.touch()
+    monkeypatch.setattr(script, "DATA", tmp_path)
     found = script.parts(tmp_path, "h200", flash, 139)
-    assert [part.name for part in found][:3] == ["ceilings", "kernel-tests", "loss"]
+    assert [part.name for part in found][:4] == ["ceilings", "kernel-tests", "loss", "step-1b4"]
     assert found[-1].name == "evidence-125m" and found.pop().command[-1].startswith("variables.attention") == flash
     for part in found:
-        assert part.command[0] == "-m" or (script.ROOT / part.command[0]).exists()
         for word in part.command:
-            assert not word.startswith("yamls/") or (script.ROOT / word).exists()
+            assert not word.startswith(("yamls/", "scripts/", "tests/")) or (script.ROOT / word).exists()
+        assert part.limit < 600 - script.GRACE
+
+
+@pytest.mark.slow
+def test_a_rehearsal(tmp_path):
+    """What shares code with nothing else here; by hand, all parts are rehearsed where the device's packages are."""
+    names = ["ceilings", "loss", "teacher-1b4", "toy-data", "evidence-125m"]
+    command = [sys.executable, script.__file__, "--rehearse", "--out", str(tmp_path / "report"), "--only", *names]
+    tools = [tool for folder in os.environ["PATH"].split(os.pathsep) for tool in Path(folder).glob("*")]
+    (tmp_path / "bin").mkdir()
+    for name, tool in {tool.name: tool for tool in reversed(tools) if not tool.name.startswith("git")}.items():
+        (tmp_path / "bin" / name).symlink_to(tool)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(tmp_path / "bin")}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    page = (tmp_path / "report-rehearsal" / "report.md").read_text()
+    assert result.returncode == 0, result.stdout + page
+    for name in names:
+        assert f"## {name}: done" in page
+    assert "loss/loss.png)" in page and "evidence-125m/pretrained.png)" in page and "only a GPU can show" in page
+    assert "not trained here" in (tmp_path / "report-rehearsal" / "evidence-125m" / "report.md").read_text()

@@ -409,8 +409,9 @@ def test_memory(device, teacher_width):
 
 
 def benchmark_loss():
-    sys.path.insert(0, folder) if (folder := str(ROOT / "scripts" / "benchmarks")) not in sys.path else None
-    spec = importlib.util.spec_from_file_location("benchmark_loss", ROOT / "scripts" / "benchmarks" / "loss.py")
+    folder = ROOT / "scripts" / "benchmarks"
+    sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location("benchmark_loss", folder / "loss.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
