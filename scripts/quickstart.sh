@@ -27,7 +27,8 @@ mkdir -p "$runs"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then settings+=(precision=amp_bf16); fi
 
 # run NAME [YAML or key=value ...]: train unless it has finished with these very YAMLs, settings, data and teacher. What
-# began with others is removed, so that nothing resumes from it. Every output goes to a log beside the run.
+# began with others, or ended before its first checkpoint, is removed: nothing resumes from it, and no curve is drawn
+# twice. Every output goes to a log beside the run.
 run() {
   local name=$1 mark=$runs/$1.mark key given=(yamls/quickstart/baseline.yaml "${settings[@]}" "${@:2}")
   key=$({
@@ -36,7 +37,7 @@ run() {
     [ "$name" != let ] || [ ! -f "$runs/teacher.mark" ] || cat "$runs/teacher.mark"
   } | sha256sum | cut -d " " -f 1)
   if [ "$(cat "$mark" 2>/dev/null)" = "$key done" ]; then echo "$name: done before"; return; fi
-  if [ "$(cat "$mark" 2>/dev/null)" != "$key" ]; then
+  if [ "$(cat "$mark" 2>/dev/null)" != "$key" ] || ! compgen -G "$runs/$name/checkpoints/*.pt" >/dev/null; then
     rm -rf "${runs:?}/$name"
     echo "$key" >"$mark"
   fi

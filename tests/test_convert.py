@@ -566,7 +566,7 @@ def test_errors_before_any_work(tmp_path: Path, tokenizer: str) -> None:
         (tmp_path / "a.txt").write_text("x")
         with pytest.raises(DataError, match=message):
             run(plan(inputs, tokenizer), tmp_path / "out")
-    with pytest.raises(DataError, match=r"line 1: no text: .*a string under 'body', got one with text, meta"):
+    with pytest.raises(DataError, match=r"line \d+: no text: .*a string under 'body', got one with text, meta"):
         run(plan(source, tokenizer, text_key="body"), tmp_path / "stopped")
     with pytest.raises(DataError, match="workers must be at least 1, got -1"):
         run(plan(source, tokenizer), tmp_path / "out", workers=-1)

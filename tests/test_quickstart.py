@@ -22,7 +22,10 @@ def quickstart(tmp_path):
         for word; do case $word in */teacher.yaml) name=teacher ;; */let.yaml) name=let ;; esac; done
         shift 3
         echo "$name $(ls runs/*/$name 2>/dev/null | wc -l) $OMP_WAIT_POLICY $*" >> calls
-        mkdir -p "$(ls -d runs/* | tail -n 1)/$name" && touch "$(ls -d runs/* | tail -n 1)/$name/checkpoint"
+        folder=$(ls -d runs/* | tail -n 1)/$name
+        mkdir -p "$folder/checkpoints"
+        [ ! -e early-$name ] || exit 1
+        touch "$folder/checkpoints/latest.pt"
         [ ! -e fail-$name ]
     """
     for path, body in {
@@ -74,6 +77,12 @@ def test_an_interrupted_run_goes_on_and_a_changed_one_does_not(quickstart):
     assert names(quickstart()) == ["teacher 0", "baseline 0"]
     (quickstart.root / "fail-baseline").unlink()
     assert names(quickstart()) == ["baseline 1", "let 0"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(quickstart):
+    (quickstart.root / "early-let").touch()
+    assert names(quickstart()) == ["teacher 0", "baseline 0", "let 0"]
+    assert names(quickstart()) == ["let 0"]
 
 
 def test_other_shards_are_trained_on_anew(quickstart):

@@ -168,7 +168,8 @@ def test_interrupted_uploads(
             time.sleep(0.01)
         process.kill()
         process.wait()
-        assert process.returncode == 0 or "manifest.json" not in listing(bucket, "cut/")
+        sent = listing(bucket, "cut/").keys()
+        assert "manifest.json" not in sent or shards(local).keys() <= sent  # it is there when all else is
     with monkeypatch.context() as patch, pytest.raises(DataError, match="Cannot upload to .*call again"):
         patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
