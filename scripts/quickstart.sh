@@ -69,7 +69,7 @@ else
   let-composer prepare data/offline/pile --out data/pretrained/shards \
     --tokenizer data/offline/smollm2-135m --sequence-length 128 --validation 0.02
   run baseline
-  run let yamls/quickstart/let.yaml algorithms.let.weight=1
+  run let yamls/quickstart/let.yaml algorithms.let.weight=1 algorithms.let.normalize_teacher=standardize
 fi
 let-composer compare "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
 echo "Judge by tokens and compute: times are of this machine, with whatever else it did."

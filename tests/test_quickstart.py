@@ -95,4 +95,6 @@ def test_other_shards_are_trained_on_anew(quickstart):
 def test_the_pretrained_teacher_is_not_trained(quickstart):
     baseline, let = quickstart("--pretrained")
     assert baseline.endswith("yamls/quickstart/baseline.yaml yamls/quickstart/pretrained.yaml")
-    assert let.endswith("pretrained.yaml yamls/quickstart/let.yaml algorithms.let.weight=1")
+    assert let.endswith(
+        "pretrained.yaml yamls/quickstart/let.yaml algorithms.let.weight=1 algorithms.let.normalize_teacher=standardize"
+    )
