@@ -44,7 +44,8 @@ def main(teacher: str, other: str, out: str) -> None:
         "vocabulary": refused(teacher, {0: "x"}),
     }
     torch.save(results, Path(out, f"rank{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's taking down hangs now and then where a rank of another group has left already
 
 
 if __name__ == "__main__":
