@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
+.venv/bin/python -m pip check # the lock file has all that its packages need
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright
