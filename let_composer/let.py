@@ -151,7 +151,6 @@ class LET(Guidance[LETOptions]):
             )
         example = torch.zeros(1, 8, device=device)
         alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
-        self._statistics.to(device)
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
         self._sinks = [torch.zeros((), device=device, requires_grad=True) for _ in range(2)]
@@ -189,7 +188,7 @@ class LET(Guidance[LETOptions]):
         assert self._capture is not None
         student = self._capture.take()
         self._require_gradient(student)
-        mean, std = self._statistics.mean_and_std()
+        mean, std = self._statistics.mean_and_std(states.device)
         normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
         found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
         width = student.shape[-1] if self.options.resize == "teacher" else None

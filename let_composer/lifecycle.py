@@ -324,7 +324,8 @@ class _Closing(Callback):
         self._guidance = guidance
 
     def close(self, state: State, logger: Logger) -> None:
-        self._guidance.release()
+        if self._guidance._closing is self:  # else it serves another Trainer by now
+            self._guidance.release()
 
 
 def _say(message: str, *values: Any) -> None:

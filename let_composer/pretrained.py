@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ def check_files(name: str) -> None:
                     pass
             elif file.suffix == ".json":
                 json.loads(file.read_bytes())
-            elif file.suffix == ".gguf" and not start.startswith(b"GGUF") or not start and file.suffix == ".bin":
-                raise ValueError("its first bytes are not those of the format")
+            elif file.suffix == ".gguf" and not start.startswith(b"GGUF"):
+                raise ValueError("it does not begin like a GGUF file")
+            elif file.suffix == ".bin" and not (zipfile.is_zipfile(file) or start.startswith(b"\x80")):
+                raise ValueError("it is neither a whole archive of torch nor an old pickle")
         except (SafetensorError, ValueError) as error:
             raise ValueError(
                 f"{size} is damaged, or only half of it was downloaded: {error}. Fetch it again."
@@ -204,12 +207,20 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
                     whole, whole_missing = None, missing
                 if whole is not None and not whole_missing:
                     model, missing = whole, []
-    except (OSError, RuntimeError, EOFError, ImportError, SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, ImportError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {error}") from error
+        reason = str(error).partition("\nModel type should be one of")[0]  # and then come hundreds
+        raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    output = model.get_output_embeddings()
+    place = next((f"{path}." for path, module in model.named_modules() if module is output), "")
+    if head and missing and place and all(key.startswith(place) for key in missing):
+        raise ValueError(
+            f"teacher {name!r} has no LM head: it was saved without {missing[0]}. LET's weight: auto reads the teacher's "
+            "loss through it, RKD and SALT its logits. Give LET a number as weight, or choose a teacher with its head."
+        )
     if missing:
         raise ValueError(
             f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
@@ -217,7 +228,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
         )
     assert model is not None
     body = getattr(model, "transformer", model) if _from_foundry(config.to_dict()) else model.base_model
-    if body is model and model.get_output_embeddings() is not None:  # its base_model_prefix names nothing
+    if body is model and output is not None:  # its base_model_prefix names nothing
         body = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
     return body, model
 

@@ -36,10 +36,16 @@ class FeatureStatistics:
         self._device = torch.device("cpu")
         self._moments: Tensor | None = None  # [3, D] fp64: number of tokens (repeated), mean, sum of squared deviations
 
-    def mean_and_std(self) -> tuple[Tensor | None, Tensor | None]:
-        """What to subtract from and divide teacher features by, each ``[D]`` in fp32 or ``None``."""
+    def mean_and_std(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What to subtract from and divide teacher features by, each ``[D]`` in fp32 or ``None``.
+
+        Args:
+            device: Where the features are; the statistics stay there from then on.
+        """
+        self._device = device
         if self._moments is None:
             return None, None
+        self._moments = self._moments.to(device)
         count, mean, squares = self._moments
         if self.normalize == "center":
             return mean.float(), None
@@ -98,12 +104,6 @@ class FeatureStatistics:
         moments = torch.tensor(state["moments"], dtype=torch.float64)
         if torch.isfinite(moments).all():
             moments[2].clamp_(min=0)
-            self._moments = moments.to(self._device)
+            self._moments = moments
         else:
             log.warning("the checkpoint's statistics of the teacher's features are not finite: they start anew.")
-
-    def to(self, device: torch.device) -> None:
-        """Name the device where the features are."""
-        self._device = device
-        if self._moments is not None:
-            self._moments = self._moments.to(device)

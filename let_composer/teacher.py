@@ -206,7 +206,8 @@ class Teacher:
         if sequence_id is not None:
             return self.packed(input_ids, sequence_id, attention_mask)
         inputs = {"attention_mask": attention_mask}
-        if attention_mask is not None and "position_ids" in self._takes:
+        counts_itself = "sequence_id" in self._takes  # llm-foundry's MPT
+        if attention_mask is not None and "position_ids" in self._takes and not counts_itself:
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self._forward(input_ids, inputs)
 
@@ -224,7 +225,8 @@ class Teacher:
     def _forward(self, input_ids: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
         if self._capture is not None:
             self._capture.arm()
-        output = self.body(input_ids=input_ids, use_cache=False, **inputs)
+        options = {"use_cache": False} if "use_cache" in self._takes else {}
+        output = self.body(input_ids=input_ids, **options, **inputs)
         if hasattr(self.body, "reshard"):  # a sharded root keeps its parameters gathered after a forward without grad
             self.body.reshard()
         return output.last_hidden_state if self._capture is None else self._capture.take()
