@@ -1,5 +1,7 @@
 """What every test builds on: a small tokenizer, teachers on disk, a small MPT student, real batches for a Trainer."""
 
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForC
 
 VOCABULARY = 64
 LENGTH = 16
+_STUDENTS: dict[Any, ComposerMPTCausalLM] = {}
+
+gc.freeze()  # what is imported stays: the algorithm collects garbage at its end, and would look through all of it
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +57,15 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
 
 
 def build_student(tokenizer: PreTrainedTokenizerFast, seed: int = 17, **overrides: Any) -> ComposerMPTCausalLM:
+    """A copy of one that is built once, as llm-foundry takes half a second to look up how to initialise it."""
+    key = (id(tokenizer), seed, repr(overrides))
+    if key not in _STUDENTS:
+        _STUDENTS[key] = _new_student(tokenizer, seed, overrides)
+    torch.manual_seed(seed)
+    return copy.deepcopy(_STUDENTS[key], {id(tokenizer): tokenizer})
+
+
+def _new_student(tokenizer: PreTrainedTokenizerFast, seed: int, overrides: dict[str, Any]) -> ComposerMPTCausalLM:
     torch.manual_seed(seed)
     options: dict[str, Any] = {
         "d_model": 32,
