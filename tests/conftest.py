@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from let_composer import LET
+
 VOCABULARY = 64
 LENGTH = 16
 _STUDENTS: dict[Any, ComposerMPTCausalLM] = {}
@@ -101,13 +103,19 @@ def build_rows(
 
 
 def build_data(
-    tokenizer: PreTrainedTokenizerFast, batch_size: int = 8, sampler: Any = None, **options: Any
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int = 8,
+    sampler: Any = None,
+    change: Callable[[Any], Any] = lambda batch: batch,
+    **options: Any,
 ) -> DataSpec:
-    """What llm-foundry's data loaders give a Trainer, over :func:`build_rows`."""
+    """What llm-foundry's data loaders give a Trainer, over :func:`build_rows`; ``change`` makes other batches of it."""
     rows, collate = build_rows(tokenizer, **options)
     if sampler is not None:
         sampler = sampler(rows)
-    loader: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collate, sampler=sampler)
+    loader: Any = DataLoader(
+        rows, batch_size=batch_size, collate_fn=lambda rows: change(collate(rows)), sampler=sampler
+    )
     return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
 
 
@@ -137,6 +145,23 @@ def train(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Trainer]:
         if fit:
             trainer.fit()
         return trainer
+
+    return run
+
+
+@pytest.fixture
+def let(teacher_folder: str) -> Callable[..., LET]:
+    """LET with a number as its weight and no head to load, unless another weight is given."""
+    return lambda **options: LET(**{"teacher": teacher_folder, "weight": 1.0, **options})
+
+
+@pytest.fixture
+def saved(train: Callable[..., Trainer], tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Train with a checkpoint after every second batch; returns how to load that after ``batch``."""
+
+    def run(*algorithms: Any, batch: int = 2, **options: Any) -> dict[str, str]:
+        train(*algorithms, save_folder=str(tmp_path), save_interval="2ba", **options)
+        return {"load_path": str(tmp_path / f"ep0-ba{batch}-rank0.pt")}
 
     return run
 
