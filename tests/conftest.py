@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_token
 from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -200,6 +202,35 @@ def hf_student(tokenizer: Any, folder: str, **options: Any) -> ComposerHFCausalL
     return ComposerHFCausalLM(
         tokenizer=tokenizer, pretrained_model_name_or_path=folder, pretrained=True, use_train_metrics=False, **options
     )
+
+
+def balanced_loss(model: ComposerMPTCausalLM) -> ComposerMPTCausalLM:
+    """The model with a loss of the form of llm-foundry's mixtures of experts."""
+    plain_loss = model.loss
+
+    def loss(outputs: Any, batch: Any) -> dict[str, torch.Tensor]:
+        lm, balance = plain_loss(outputs, batch), 0.01 * outputs.logits.square().mean()
+        return {"total": lm + balance, "loss": lm, "lbl": balance}
+
+    model.loss = loss
+    return model
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which the host would wait for an accelerator."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        boolean = name.startswith("index.Tensor") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if boolean or any(name.startswith(known) for known in self.names):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def evaluator(tokenizer: Any) -> Evaluator:
