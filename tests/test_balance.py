@@ -125,6 +125,22 @@ def test_microbatches_do_not_matter_and_a_resumed_run_is_the_same(train, tokeniz
     assert_equal(parameters(whole), parameters(resumed))
 
 
+def test_a_gradient_scaler_changes_no_weight(train, let):
+    """As under amp_fp16, which Composer has on CUDA only: the gradients that LET measures are scaled with the loss."""
+
+    def run(scaled: bool) -> list[float]:
+        trainer = train(let(stop="5ba", weight="auto"), device_train_microbatch_size=3, fit=False)
+        if scaled:
+            trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            trainer._use_grad_scaling = lambda precision, scaler: True
+            trainer._use_closures = lambda: False  # torch's scaler takes none
+        trainer.fit()
+        assert not scaled or trainer.state.scaler.state_dict()["_growth_tracker"] == 6  # batches that it scaled
+        return metrics(trainer, "let/weight")
+
+    assert run(True) == pytest.approx(run(False), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "method, reason",
     [
