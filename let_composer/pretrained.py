@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,16 @@ def check_files(name: str) -> None:
     """Open every file that loading will read.
 
     Raises:
-        ValueError: Naming the file and its size, if it is damaged, half downloaded or a pointer of git-lfs.
+        ValueError: Naming the file and its size, if it is damaged, half downloaded or a pointer of git-lfs; or the
+            package that is needed to read it.
     """
     path, options = source(name, False)
     if file := options.get("gguf_file"):
         files = [Path(path, file)]
+        if find_spec("gguf") is None:
+            raise ValueError(
+                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
+            )
     else:
         config = find_file(name, "config.json")
         files = [] if config is None else sorted(config.parent / f for f in wanted(os.listdir(config.parent)))
@@ -104,11 +110,13 @@ def check_files(name: str) -> None:
                     pass
             elif file.suffix == ".json":
                 json.loads(file.read_bytes())
-            elif file.suffix == ".gguf" and not start.startswith(b"GGUF"):
-                raise ValueError("it does not begin like a GGUF file")
+            elif file.suffix == ".gguf":
+                from gguf import GGUFReader
+
+                GGUFReader(file)
             elif file.suffix == ".bin" and not (zipfile.is_zipfile(file) or start.startswith(b"\x80")):
                 raise ValueError("it is neither a whole archive of torch nor an old pickle")
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, IndexError) as error:
             raise ValueError(
                 f"{size} is damaged, or only half of it was downloaded: {error}. Fetch it again."
             ) from error
@@ -218,8 +226,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     place = next((f"{path}." for path, module in model.named_modules() if module is output), "")
     if head and missing and place and all(key.startswith(place) for key in missing):
         raise ValueError(
-            f"teacher {name!r} has no LM head: it was saved without {missing[0]}. LET's weight: auto reads the teacher's "
-            "loss through it, RKD and SALT its logits. Give LET a number as weight, or choose a teacher with its head."
+            f"teacher {name!r} has no LM head: it was saved without {missing[0]}. LET's weight: auto reads the "
+            "teacher's loss through it, RKD and SALT its logits. Give LET a number as weight, or choose a teacher with "
+            "a head."
         )
     if missing:
         raise ValueError(

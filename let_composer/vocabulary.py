@@ -27,12 +27,7 @@ def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str
     path, options = source(name, trust_remote_code)
     check_files(name)
     if "gguf_file" in options:
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
-            raise ValueError(
-                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
-            ) from error
+        from gguf import GGUFReader
 
         tokens = GGUFReader(f"{path}/{options['gguf_file']}").fields.get("tokenizer.ggml.tokens")
         return None if tokens is None else dict(enumerate(tokens.contents()))
