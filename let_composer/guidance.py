@@ -10,9 +10,10 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from let_composer.lifecycle import Lifecycle, OptionsT
+from let_composer.masks import needs_mask
 from let_composer.metrics import BatchSums
 from let_composer.objective import loss_generating, plus, total
-from let_composer.teacher import Teacher, needs_mask
+from let_composer.teacher import Teacher
 
 __all__ = ["Guidance"]
 

@@ -1,5 +1,6 @@
 """Find, download and read pretrained decoders; where one cannot be read, say which file is at fault."""
 
+import contextlib
 import json
 import logging
 import os
@@ -138,21 +139,8 @@ def load_config(name: str, trust_remote_code: bool) -> Any:
         )
     try:
         entries, _ = PretrainedConfig.get_config_dict(path, **options)
-        if method := (entries.get("quantization_config") or {}).get("quant_method"):
-            raise ValueError(
-                f"teacher {name!r} is quantised with {method}, which needs the package "
-                f"{_PACKAGES.get(method, method)} and kernels of its own. Choose the model that it was made from."
-            )
-        if _from_foundry(entries):
-            from llmfoundry.models.mpt import MPTConfig
-
-            config: Any = MPTConfig.from_dict(entries)
-            config.attn_config["attn_uses_sequence_id"] = True  # whoever calls decides: without ids nothing changes
-            return config
-        config = AutoConfig.from_pretrained(path, **options)
+        config = _foundry_config(entries) if _from_foundry(entries) else AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        if "quantised with" in str(error):
-            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"teacher {name!r} brings its own code, which is not run unless asked for. Read that code, then set "
@@ -162,6 +150,11 @@ def load_config(name: str, trust_remote_code: bool) -> Any:
             f"there is no teacher {name!r}: expected a model id on the hub, a folder with config.json, or a .gguf "
             f"file. On a machine without a network, give a local path. ({error})"
         ) from error
+    if method := (entries.get("quantization_config") or {}).get("quant_method"):
+        raise ValueError(
+            f"teacher {name!r} is quantised with {method}, which needs the package {_PACKAGES.get(method, method)} and "
+            "kernels of its own. Choose the model that it was made from."
+        )
     if config.is_encoder_decoder:
         raise ValueError(
             f"teacher {name!r} is an encoder-decoder ({config.model_type}). Choose a causal language model."
@@ -209,12 +202,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
         else:
             model, missing = _load(AutoModel, path, options)
             if missing:  # or it has other names in the body than in the whole model, as gemma3_text has
-                try:
-                    whole, whole_missing = _load(AutoModelForCausalLM, path, options)
-                except ValueError:  # no such class
-                    whole, whole_missing = None, missing
-                if whole is not None and not whole_missing:
-                    model, missing = whole, []
+                with contextlib.suppress(ValueError):  # there may be no such class
+                    whole = _load(AutoModelForCausalLM, path, options)
+                    model, missing = (model, missing) if whole[1] else whole
     except (OSError, RuntimeError, EOFError, ImportError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -255,6 +245,14 @@ def _load_foundry_mpt(path: str, config: Any, options: dict[str, Any]) -> tuple[
     if not (options["torch_dtype"] == torch.bfloat16 and is_flash_v2_installed()):
         config.attn_config["attn_impl"] = "torch"
     return _load(MPTForCausalLM, path, {**options, "config": config})
+
+
+def _foundry_config(entries: dict[str, Any]) -> Any:
+    from llmfoundry.models.mpt import MPTConfig
+
+    config: Any = MPTConfig.from_dict(entries)
+    config.attn_config["attn_uses_sequence_id"] = True  # whoever calls decides: without ids nothing changes
+    return config
 
 
 def _from_foundry(entries: dict[str, Any]) -> bool:

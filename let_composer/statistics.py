@@ -92,10 +92,7 @@ class FeatureStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists, so that every kind of checkpoint can carry them."""
-        return {
-            "normalize": self.normalize,
-            "moments": None if self._moments is None else self._moments.tolist(),
-        }
+        return {"moments": None if self._moments is None else self._moments.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over statistics, if they are kept and were kept; what is not finite starts anew, with a warning."""

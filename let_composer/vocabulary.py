@@ -2,16 +2,26 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from let_composer.pretrained import check_files, find_file, source
 
-__all__ = ["check_vocabulary", "read_vocabulary"]
+__all__ = ["check_vocabulary", "read_vocabulary", "student_vocabulary"]
 
 log = logging.getLogger(__name__)
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def student_vocabulary(model: Any) -> dict[int, str]:
+    """The vocabulary of a model that has a tokenizer, id to token; empty, with a warning, where it has none."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        log.warning("the student's model has no tokenizer: whether the teacher shares its token ids is not checked.")
+        return {}
+    return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
 def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str] | None:

@@ -104,6 +104,6 @@ def test_deviations_are_finite_whatever_the_features(rows, batches):
 
 def test_statistics_that_are_not_finite_start_anew(caplog):
     statistics = FeatureStatistics("standardize")
-    statistics.load_state_dict({"normalize": "standardize", "moments": [[3.0], [1.0], [float("nan")]]})
+    statistics.load_state_dict({"moments": [[3.0], [1.0], [float("nan")]]})
     assert statistics.mean_and_std(CPU) == (None, None)
     assert "not finite: they start anew" in caplog.text

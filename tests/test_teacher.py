@@ -19,8 +19,10 @@ from transformers import (
     T5Model,
 )
 
-from let_composer.teacher import Teacher, check_vocabulary, needs_mask, read_vocabulary
+from let_composer.masks import needs_mask
+from let_composer.teacher import Teacher
 from let_composer.teacher_checks import fingerprint
+from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
 
 def test_it_is_frozen_in_eval_mode_and_passes_no_gradient(teacher_folder):

@@ -28,7 +28,8 @@ from transformers import (
 
 from let_composer.pretrained import wanted
 from let_composer.student import matmul_parameters
-from let_composer.teacher import Teacher, build_body, read_vocabulary
+from let_composer.teacher import Teacher, build_body
+from let_composer.vocabulary import read_vocabulary
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
