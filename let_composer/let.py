@@ -8,7 +8,7 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, Lead, measured, sampled_loss
+from let_composer.balance import GradientRatio, RunningMean, lead_share, measured, sampled_loss
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment, target_sum
 from let_composer.objective import language_model_loss
@@ -50,8 +50,8 @@ class LET(Guidance[LETOptions]):
         teacher_layer: Teacher hidden state; ``-1`` is the last, after the final norm. Default: ``-1`` (paper: the last
             layer; after the norm is our choice).
         weight: ``"auto"``: the term's gradient at the guided block is as long as that of the student's loss
-            (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:class:`Lead`). Once
-            it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
+            (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:func:`lead_share`).
+            Once it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
             number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best at 1.4B is 0.1.
             Default: ``"auto"``, our choice: it gained as much as the best number tried. An untrained teacher cost
             nothing, one overtaken at 28 % of the run 0.012 nats (yamls/evidence/automatic.md).
@@ -137,7 +137,7 @@ class LET(Guidance[LETOptions]):
         self._had_gradient = False
         self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
         self._balance = GradientRatio()
-        self._lead = Lead()
+        self._lead = RunningMean()
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
@@ -170,7 +170,9 @@ class LET(Guidance[LETOptions]):
 
     def strength(self) -> float:
         """The weight before annealing."""
-        return self._lead.share * self._balance.weight if self.options.weight == "auto" else self.options.weight
+        if self.options.weight != "auto":
+            return self.options.weight
+        return lead_share(self._lead.value) * self._balance.weight
 
     def drop_batch(self) -> None:
         """Forget the batch, and the gradients seen in it."""
@@ -236,21 +238,21 @@ class LET(Guidance[LETOptions]):
         return {
             "statistics": self._statistics.state_dict(),
             "norms": self._balance.norms,
-            "lead": self._lead.nats,
+            "lead": self._lead.value,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running statistics and norms."""
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
-        self._lead.nats = saved["lead"]
+        self._lead.value = saved["lead"]
 
     def _learn_lead(self, sums: Mapping[str, Tensor], tokens: float) -> dict[str, float]:
         loss, compared = sums["teacher"].tolist()
         if not (tokens and compared):
             return {}
         self._lead.update(lead := float(sums["student"]) / tokens - loss / compared)
-        if self._lead.share == 0:
+        if lead_share(self._lead.value) == 0:
             self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
         return {"lead": lead}
 
