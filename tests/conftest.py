@@ -233,5 +233,20 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Sizes(TorchDispatchMode):
+    """Collects how many elements the outputs of one operation have."""
+
+    def __init__(self, operation: Any) -> None:
+        super().__init__()
+        self.operation = operation
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is self.operation:
+            self.found.append(output.numel())
+        return output
+
+
 def evaluator(tokenizer: Any) -> Evaluator:
     return Evaluator(label="eval", dataloader=build_data(tokenizer, seed=4), metric_names=["LanguageCrossEntropy"])

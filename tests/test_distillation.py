@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import assert_close, balanced_loss, build_student, hf_student, metrics, parameters
+from conftest import Sizes, assert_close, balanced_loss, build_student, hf_student, metrics, parameters
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from let_composer import LET, RKD, SALT
 from let_composer.loss.distillation import compare_logits, distillation_loss
@@ -72,19 +71,10 @@ def test_chunks_and_a_head_change_nothing(temperature):
 
 def test_no_tensor_of_the_teachers_logits_is_larger_than_a_chunk():
     student, states = torch.randn(4, 64, 32, requires_grad=True), torch.randn(4, 64, 8)
-    sizes: list[int] = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.mm.default:
-                sizes.append(out.numel())
-            return out
-
     project = nn.Linear(8, 32, bias=False).requires_grad_(False)
-    with Sizes():
+    with Sizes(torch.ops.aten.mm.default) as sizes:
         compare_logits(student, states, torch.ones(4, 64).bool(), project=project, chunk=16)[0].backward()
-    assert sizes == [16 * 32] * 2 * 16  # forward, and again in the backward pass
+    assert sizes.found == [16 * 32] * 2 * 16  # forward, and again in the backward pass
 
 
 def test_a_student_that_returns_tuples(train, tokenizer, teacher_folder):

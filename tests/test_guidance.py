@@ -10,7 +10,7 @@ import torch
 from composer import Callback, DataSpec
 from composer.algorithms import EMA, GradientClipping
 from composer.core import Algorithm, Event
-from composer.loggers import LoggerDestination, ProgressBarLogger
+from composer.loggers import LoggerDestination
 from conftest import (
     LENGTH,
     VOCABULARY,
@@ -242,16 +242,6 @@ class TestCompany:
         assert metrics(trainer, "let/active") == [1, 1, 1, 1, 0]
         assert len(metrics(trainer, "metrics/eval/LanguageCrossEntropy")) >= 3
 
-    def test_generation_between_batches(self, train, let):
-        trainer = train(let(stop="4ba"), max_duration="4ba", fit=False)
-        trainer.fit(duration="2ba")
-        trainer.state.model.eval()
-        ids = torch.ones(1, 3, dtype=torch.long)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "pad_token_id": 0}
-        assert trainer.state.model.model.generate(ids, **options).shape[1] >= 4
-        trainer.fit(duration="2ba")
-        assert len(metrics(trainer, "let/loss")) == 4
-
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
     def test_a_compiled_student(self, train, tokenizer, let):
@@ -262,14 +252,6 @@ class TestCompany:
             compiled = train(let(stop="4ba"), **options, compile_config={"backend": "aot_eager"})
         assert metrics(plain, "let/loss") == pytest.approx(metrics(compiled, "let/loss"), rel=1e-4)
         assert metrics(plain, "loss/train/total") == pytest.approx(metrics(compiled, "loss/train/total"), rel=1e-5)
-
-    @pytest.mark.filterwarnings("ignore:Specifying the ProgressBarLogger via `loggers`")
-    def test_losses_reach_the_progress_bar(self, train, let):
-        shown: dict[str, Any] = {}
-        bar = ProgressBarLogger()
-        bar.log_to_pbar = lambda data: shown.update(data)  # what it would write behind the bar
-        train(let(stop="4ba"), loggers=[bar])
-        assert {"let/loss", "let/lm_loss"} <= shown.keys()
 
     @pytest.mark.parametrize("place", ["student", "teacher", "term", "loss"])
     @pytest.mark.filterwarnings("ignore:CUDA out of memory or excessive memory allocation")  # what is provoked here

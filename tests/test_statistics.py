@@ -51,20 +51,29 @@ def test_nothing_is_kept_without_normalisation():
     assert statistics.mean_and_std(CPU) == (None, None)
 
 
-def test_no_statistics_before_the_first_batch_and_none_from_an_empty_one():
+def test_batches_without_tokens_change_nothing():
+    rows, none = torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)
     statistics = FeatureStatistics("standardize")
     assert statistics.mean_and_std(CPU) == (None, None)
-    rows = torch.randn(5, 3)
-    statistics.update(statistics.sums(rows, torch.ones(5, dtype=torch.bool)))
+    statistics.update(statistics.sums(rows, none))
+    torch.testing.assert_close(statistics.mean_and_std(CPU), (torch.zeros(3), torch.ones(3)))
+    statistics.update(statistics.sums(rows, ~none))
     before = statistics.mean_and_std(CPU)
-    statistics.update(statistics.sums(rows, torch.zeros(5, dtype=torch.bool)))
+    statistics.update(statistics.sums(rows, none))
     torch.testing.assert_close(statistics.mean_and_std(CPU), before, rtol=0, atol=0)
 
 
-def test_an_empty_first_batch_leaves_features_alone():
+def test_they_go_where_the_features_are():
+    """Also anew, as after a reset of the clock in the middle of a guidance."""
     statistics = FeatureStatistics("standardize")
-    statistics.update(statistics.sums(torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)))
-    torch.testing.assert_close(statistics.mean_and_std(CPU), (torch.zeros(3), torch.ones(3)))
+    feed(statistics, torch.randn(100, 6), [30, 70])
+    meta = torch.device("meta")
+    assert {found.device for found in statistics.mean_and_std(meta) if found is not None} == {meta}
+    statistics.update(torch.zeros(13, dtype=torch.float64))  # sums come from the host
+    anew = FeatureStatistics("center")
+    anew.mean_and_std(meta)
+    anew.update(torch.zeros(13, dtype=torch.float64))
+    assert anew.sums(torch.randn(4, 6, device=meta), torch.ones(4, dtype=torch.bool, device=meta)).device == meta
 
 
 def test_state_is_plain_and_exact():
