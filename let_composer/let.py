@@ -11,7 +11,6 @@ from let_composer.annealing import Anneal
 from let_composer.balance import GradientRatio, RunningMean, lead_share, measured, sampled_loss
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment, target_sum
-from let_composer.objective import language_model_loss
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
@@ -180,8 +179,9 @@ class LET(Guidance[LETOptions]):
         for sink in self._sinks:
             sink.grad = None
 
-    def forget(self) -> None:
-        """Drop the captured hidden states."""
+    def drop_microbatch(self) -> None:
+        """Forget the microbatch, and its captured hidden states."""
+        super().drop_microbatch()
         if self._capture is not None:
             self._capture.clear()
 
@@ -207,9 +207,6 @@ class LET(Guidance[LETOptions]):
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""
-        if self.options.weight == "auto":
-            assert self._tokens is not None
-            self._sums.add(student=self._tokens * language_model_loss(loss))
         return weight * term
 
     def gradients(self) -> dict[str, Tensor]:
@@ -251,7 +248,7 @@ class LET(Guidance[LETOptions]):
         loss, compared = sums["teacher"].tolist()
         if not (tokens and compared):
             return {}
-        self._lead.update(lead := float(sums["student"]) / tokens - loss / compared)
+        self._lead.update(lead := float(sums["cross_entropy"]) / tokens - loss / compared)
         if lead_share(self._lead.value) == 0:
             self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
         return {"lead": lead}
