@@ -171,9 +171,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     def _meet_others(self, state: State) -> None:
         self.others = [a for a in state.algorithms if isinstance(a, Lifecycle) and a is not self]
-        if any(other.prefix == self.prefix for other in self.others):
+        if same := [other for other in self.others if other.prefix == self.prefix]:
             raise ValueError(
-                f"expected one algorithm that logs under {self.prefix}/, got {self!r} and {len(self.others)} more. "
+                f"expected one algorithm that logs under {self.prefix}/, got {self!r} and {len(same)} more. "
                 "They would share metrics and a place in checkpoints. Each takes one pair of layers; keep one of them."
             )
 
@@ -210,9 +210,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     def _check_parallelism(self, state: State) -> None:
         if state.tp_config is not None:
             raise ValueError(
-                "LET does not run with tensor parallelism: the ranks of a group may hold parts of a hidden state, "
-                "which cannot be compared with the teacher's. Leave out parallelism_config['tp'] (tp_config in "
-                "llm-foundry); FSDP shards the student as well."
+                f"{type(self).__name__} does not run with tensor parallelism: the ranks of a group may hold parts of "
+                "what is compared with the teacher. Leave out parallelism_config['tp'] (tp_config in llm-foundry); "
+                "FSDP shards the student as well."
             )
         if self.options.teacher_arguments()["placement"] != "shard":
             return
