@@ -188,6 +188,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
         ValueError: If there is no such model, or its weights are incomplete or cannot be read.
     """
     config = load_config(name, trust_remote_code)
+    foundry = _from_foundry(config.to_dict())
     path, options = source(name, trust_remote_code)
     options |= {"torch_dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
@@ -195,7 +196,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
     try:
-        if _from_foundry(config.to_dict()):
+        if foundry:
             model, missing = _load_foundry_mpt(path, config, options)
         elif head or "gguf_file" in options:  # of GGUF files transformers knows the names of the whole model only
             model, missing = _load(AutoModelForCausalLM, path, options)
@@ -213,8 +214,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     finally:
         transformers_logging.set_verbosity(verbosity)
     output = model.get_output_embeddings()
-    place = next((f"{path}." for path, module in model.named_modules() if module is output), "")
-    if head and missing and place and all(key.startswith(place) for key in missing):
+    of_head = next((f"{name}." for name, module in model.named_modules() if module is output), "")
+    if head and missing and of_head and all(key.startswith(of_head) for key in missing):
         raise ValueError(
             f"teacher {name!r} has no LM head: it was saved without {missing[0]}. LET's weight: auto reads the "
             "teacher's loss through it, RKD and SALT its logits. Give LET a number as weight, or choose a teacher with "
@@ -225,8 +226,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
             f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
             f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
         )
-    assert model is not None
-    body = getattr(model, "transformer", model) if _from_foundry(config.to_dict()) else model.base_model
+    body = getattr(model, "transformer", model) if foundry else model.base_model
     if body is model and output is not None:  # its base_model_prefix names nothing
         body = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
     return body, model
