@@ -13,9 +13,9 @@ from torch import Tensor
 __all__ = [
     "BINS",
     "GradientRatio",
-    "Lead",
-    "StackingWeight",
+    "RunningMean",
     "histogram",
+    "lead_share",
     "measured",
     "sampled_loss",
     "sampling_step",
@@ -84,29 +84,27 @@ class GradientRatio:
         self.norms = [_MOMENTUM * o + (1 - _MOMENTUM) * n for o, n in zip(old, (model, term), strict=True)]
 
 
-class Lead:
-    """How far the teacher's predictions are ahead of the student's, and what it can still give.
-
-    ``share = lead / 0.5 nats``, of a running mean, within [0, 1]: whole while the teacher is well ahead, 0 once the
-    student is as good. Our choice, the paper is silent.
-    """
+class RunningMean:
+    """Of what each batch found; what is not finite is left out."""
 
     def __init__(self) -> None:
-        self.nats: float | None = None  # student's loss less the teacher's
+        self.value: float | None = None  # until a batch has been seen
 
-    @property
-    def share(self) -> float:
-        """A factor from 0 to 1 for the weight of the next batch; 1 until a batch has been seen."""
-        return 1.0 if self.nats is None else min(max(self.nats / _WELL_AHEAD, 0.0), 1.0)
+    def update(self, found: float) -> None:
+        """Take in one batch."""
+        if math.isfinite(found):
+            self.value = found if self.value is None else _MOMENTUM * self.value + (1 - _MOMENTUM) * found
 
-    def update(self, nats: float) -> None:
-        """Take in one batch; left out where a loss overflowed.
 
-        Args:
-            nats: The student's loss less the teacher's, per token.
-        """
-        if math.isfinite(nats):
-            self.nats = nats if self.nats is None else _MOMENTUM * self.nats + (1 - _MOMENTUM) * nats
+def lead_share(nats: float | None) -> float:
+    """What a teacher can still give, a factor from 0 to 1 for the weight: ``lead / 0.5 nats``.
+
+    Whole while the teacher is well ahead, 0 once the student is as good. Our choice, the paper is silent.
+
+    Args:
+        nats: How far it is ahead: the student's loss less the teacher's, per token. ``None``, not known yet, is whole.
+    """
+    return 1.0 if nats is None else min(max(nats / _WELL_AHEAD, 0.0), 1.0)
 
 
 def sampling_step(tokens: int) -> int:
@@ -160,19 +158,3 @@ def stacking_weight(counts: Tensor) -> float:
     for _ in range(15):
         share = float((counts * (share * ratio / (share * ratio + 1 - share))).sum()) / tokens
     return share
-
-
-class StackingWeight:
-    """:func:`stacking_weight`, smoothed over batches."""
-
-    def __init__(self) -> None:
-        self.share: float | None = None
-
-    @property
-    def weight(self) -> float:
-        """The weight for the next batch, before annealing; one half until a batch has been seen."""
-        return 0.5 if self.share is None else self.share
-
-    def update(self, share: float) -> None:
-        """Take in one batch."""
-        self.share = share if self.share is None else _MOMENTUM * self.share + (1 - _MOMENTUM) * share

@@ -8,7 +8,7 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import StackingWeight, stacking_weight
+from let_composer.balance import RunningMean, stacking_weight
 from let_composer.guidance import Guidance
 from let_composer.loss.distillation import compare_logits
 from let_composer.objective import language_model_loss, logits_of
@@ -35,7 +35,7 @@ class RKD(Guidance[RKDOptions]):
     Args:
         teacher: As in :class:`LET`.
         weight: Share of the distillation term, 0 to 1; or ``"auto"``, the share of the teacher in the best mixture of
-            teacher and student on the labels (:class:`StackingWeight`; our choice), which ends the guidance when it
+            teacher and student on the labels (:func:`stacking_weight`; our choice), which ends the guidance when it
             falls below 0.05. Default: ``0.5``, our choice.
         temperature: Of both softmaxes. Default: ``1.0``, our choice.
         stop: As in :class:`LET`. Default: ``"1dur"``, the whole run.
@@ -94,26 +94,28 @@ class RKD(Guidance[RKDOptions]):
     def restart(self) -> None:
         """Forget the running share: a run starts."""
         super().restart()
-        self._stacking = StackingWeight()
+        self._share = RunningMean()
 
     def strength(self) -> float:
         """The weight before annealing."""
-        return self._stacking.weight if self.options.weight == "auto" else self.options.weight
+        if self.options.weight != "auto":
+            return self.options.weight
+        return 0.5 if self._share.value is None else self._share.value
 
     def report(self, sums: Mapping[str, Tensor], weight: float) -> dict[str, float]:
         """The teacher's share in the best mixture; with ``weight: auto`` it ends the guidance when it is small."""
-        self._stacking.update(share := stacking_weight(sums["counts"]))
-        if self.options.weight == "auto" and self._stacking.weight < _NOTHING_LEFT:
+        self._share.update(share := stacking_weight(sums["counts"]))
+        if self.options.weight == "auto" and self.strength() < _NOTHING_LEFT:
             self.ends_early = f"the teacher's share in the best mixture of both models has fallen to {share:.3f}"
         return {"teacher_share": share}
 
     def saved(self) -> dict[str, Any]:
         """The running share."""
-        return {"share": self._stacking.share}
+        return {"share": self._share.value}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running share."""
-        self._stacking.share = saved["share"]
+        self._share.value = saved["share"]
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Takes the weight from the student's own term."""

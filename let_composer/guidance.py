@@ -10,9 +10,10 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from let_composer.lifecycle import Lifecycle, OptionsT
+from let_composer.masks import needs_mask
 from let_composer.metrics import BatchSums
-from let_composer.objective import loss_generating, plus, total
-from let_composer.teacher import Teacher, needs_mask
+from let_composer.objective import language_model_loss, loss_generating, plus, total
+from let_composer.teacher import Teacher
 
 __all__ = ["Guidance"]
 
@@ -38,7 +39,7 @@ class Guidance(Lifecycle[OptionsT]):
         self._sums = BatchSums()
         self._flops = 0.0  # the teacher's, in this batch
         self.ends_early = ""  # why, if there is a reason
-        self._forget()
+        self.drop_microbatch()
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
@@ -58,9 +59,6 @@ class Guidance(Lifecycle[OptionsT]):
 
     def arm(self) -> None:
         """A training forward begins."""
-
-    def forget(self) -> None:
-        """Drop what was kept of a microbatch."""
 
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
         """The unweighted term of a microbatch, a mean over the tokens of ``mask``.
@@ -108,7 +106,7 @@ class Guidance(Lifecycle[OptionsT]):
         elif event == Event.BEFORE_TRAIN_BATCH:  # also the entry of a retry after an out-of-memory error
             self.drop_batch()
         elif event == Event.BEFORE_FORWARD:
-            self._forget()
+            self.drop_microbatch()
             self.arm()
         elif event == Event.AFTER_FORWARD:
             self._guide(state)
@@ -121,16 +119,16 @@ class Guidance(Lifecycle[OptionsT]):
 
     def drop_batch(self) -> None:
         """Forget the batch."""
-        self._forget()
+        self.drop_microbatch()
         self._sums.clear()
         self._flops = 0.0
 
-    def _forget(self) -> None:
+    def drop_microbatch(self) -> None:
+        """Forget the microbatch."""
         self._states: Tensor | None = None  # the teacher's, of this microbatch
         self._term: Tensor | None = None
         self._tokens: Tensor | None = None
         self._loss: Any = None  # the student's own
-        self.forget()
 
     def _start_batch(self, state: State, logger: Logger) -> None:
         assert self._teacher is not None
@@ -162,7 +160,7 @@ class Guidance(Lifecycle[OptionsT]):
         states, self._states = self._states, None
         assert states is not None
         assert self._teacher is not None
-        self._flops += self._teacher.flops(0, 1, self.options.projected(mask.numel()))
+        self._flops += self._teacher.flops(0, 1, self.options.projected(mask.numel()))  # of the head alone
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 
@@ -186,9 +184,10 @@ class Guidance(Lifecycle[OptionsT]):
             for guidance in (self, *self.others):
                 if isinstance(guidance, Guidance) and guidance.guiding:
                     guidance._loss = state.loss
-        self._sums.add(lm_loss=self._tokens * total(self._loss))
+        cross_entropy = language_model_loss(self._loss)
+        self._sums.add(lm_loss=self._tokens * total(self._loss), cross_entropy=self._tokens * cross_entropy)
         state.loss = plus(state.loss, self.joined(self._term, self._weight, self._loss))
-        self._forget()
+        self.drop_microbatch()
 
     def _finish_batch(self, state: State, logger: Logger) -> None:
         # Composer has fetched this batch's loss by now, so reading these does not make the device wait. Logged under

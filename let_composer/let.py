@@ -8,10 +8,9 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, Lead, measured, sampled_loss
+from let_composer.balance import GradientRatio, RunningMean, lead_share, measured, sampled_loss
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment, target_sum
-from let_composer.objective import language_model_loss
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
@@ -50,8 +49,8 @@ class LET(Guidance[LETOptions]):
         teacher_layer: Teacher hidden state; ``-1`` is the last, after the final norm. Default: ``-1`` (paper: the last
             layer; after the norm is our choice).
         weight: ``"auto"``: the term's gradient at the guided block is as long as that of the student's loss
-            (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:class:`Lead`). Once
-            it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
+            (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:func:`lead_share`).
+            Once it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
             number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best at 1.4B is 0.1.
             Default: ``"auto"``, our choice: it gained as much as the best number tried. An untrained teacher cost
             nothing, one overtaken at 28 % of the run 0.012 nats (yamls/evidence/automatic.md).
@@ -137,7 +136,7 @@ class LET(Guidance[LETOptions]):
         self._had_gradient = False
         self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
         self._balance = GradientRatio()
-        self._lead = Lead()
+        self._lead = RunningMean()
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
@@ -151,7 +150,6 @@ class LET(Guidance[LETOptions]):
             )
         example = torch.zeros(1, 8, device=device)
         alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
-        self._statistics.to(device)
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
         self._sinks = [torch.zeros((), device=device, requires_grad=True) for _ in range(2)]
@@ -171,7 +169,9 @@ class LET(Guidance[LETOptions]):
 
     def strength(self) -> float:
         """The weight before annealing."""
-        return self._lead.share * self._balance.weight if self.options.weight == "auto" else self.options.weight
+        if self.options.weight != "auto":
+            return self.options.weight
+        return lead_share(self._lead.value) * self._balance.weight
 
     def drop_batch(self) -> None:
         """Forget the batch, and the gradients seen in it."""
@@ -179,8 +179,9 @@ class LET(Guidance[LETOptions]):
         for sink in self._sinks:
             sink.grad = None
 
-    def forget(self) -> None:
-        """Drop the captured hidden states."""
+    def drop_microbatch(self) -> None:
+        """Forget the microbatch, and its captured hidden states."""
+        super().drop_microbatch()
         if self._capture is not None:
             self._capture.clear()
 
@@ -189,7 +190,7 @@ class LET(Guidance[LETOptions]):
         assert self._capture is not None
         student = self._capture.take()
         self._require_gradient(student)
-        mean, std = self._statistics.mean_and_std()
+        mean, std = self._statistics.mean_and_std(states.device)
         normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
         found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
         width = student.shape[-1] if self.options.resize == "teacher" else None
@@ -206,9 +207,6 @@ class LET(Guidance[LETOptions]):
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Adds to the loss."""
-        if self.options.weight == "auto":
-            assert self._tokens is not None
-            self._sums.add(student=self._tokens * language_model_loss(loss))
         return weight * term
 
     def gradients(self) -> dict[str, Tensor]:
@@ -237,21 +235,21 @@ class LET(Guidance[LETOptions]):
         return {
             "statistics": self._statistics.state_dict(),
             "norms": self._balance.norms,
-            "lead": self._lead.nats,
+            "lead": self._lead.value,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running statistics and norms."""
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
-        self._lead.nats = saved["lead"]
+        self._lead.value = saved["lead"]
 
     def _learn_lead(self, sums: Mapping[str, Tensor], tokens: float) -> dict[str, float]:
         loss, compared = sums["teacher"].tolist()
         if not (tokens and compared):
             return {}
-        self._lead.update(lead := float(sums["student"]) / tokens - loss / compared)
-        if self._lead.share == 0:
+        self._lead.update(lead := float(sums["cross_entropy"]) / tokens - loss / compared)
+        if lead_share(self._lead.value) == 0:
             self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
         return {"lead": lead}
 

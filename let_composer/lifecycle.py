@@ -22,6 +22,7 @@ from let_composer.annealing import Schedule
 from let_composer.options import Options
 from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, load_teacher
+from let_composer.vocabulary import student_vocabulary
 
 __all__ = ["Lifecycle", "Phase"]
 
@@ -170,9 +171,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     def _meet_others(self, state: State) -> None:
         self.others = [a for a in state.algorithms if isinstance(a, Lifecycle) and a is not self]
-        if any(other.prefix == self.prefix for other in self.others):
+        if same := [other for other in self.others if other.prefix == self.prefix]:
             raise ValueError(
-                f"expected one algorithm that logs under {self.prefix}/, got {self!r} and {len(self.others)} more. "
+                f"expected one algorithm that logs under {self.prefix}/, got {self!r} and {len(same)} more. "
                 "They would share metrics and a place in checkpoints. Each takes one pair of layers; keep one of them."
             )
 
@@ -209,9 +210,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     def _check_parallelism(self, state: State) -> None:
         if state.tp_config is not None:
             raise ValueError(
-                "LET does not run with tensor parallelism: the ranks of a group may hold parts of a hidden state, "
-                "which cannot be compared with the teacher's. Leave out parallelism_config['tp'] (tp_config in "
-                "llm-foundry); FSDP shards the student as well."
+                f"{type(self).__name__} does not run with tensor parallelism: the ranks of a group may hold parts of "
+                "what is compared with the teacher. Leave out parallelism_config['tp'] (tp_config in llm-foundry); "
+                "FSDP shards the student as well."
             )
         if self.options.teacher_arguments()["placement"] != "shard":
             return
@@ -257,7 +258,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
                 return other._teacher
         return load_teacher(
             self.options.teacher,
-            _vocabulary(model),
+            student_vocabulary(model),
             head=any(method.options.projected(1) for method in (self, *same)),
             device=device,
             **self.options.teacher_arguments(),
@@ -284,14 +285,14 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Release the teacher, and say so."""
         assert self._teacher is not None
         device = _device(state)
-        cuda = device.type == "cuda"
-        size = sum(p.numel() * p.element_size() for p in self._teacher.body.parameters())
-        before = torch.cuda.memory_allocated(device) if cuda else size * (not self.sharing)
+        returned = sum(p.nbytes for p in self._teacher.body.parameters()) if not self.sharing else 0
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._end(state)
         gc.collect()  # modules hold reference cycles
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-        returned = (before - (torch.cuda.memory_allocated(device) if cuda else 0)) / 2**20
+            returned = before - torch.cuda.memory_allocated(device)
+        returned /= 2**20
         metrics = {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned}
         logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
         _say(
@@ -324,7 +325,8 @@ class _Closing(Callback):
         self._guidance = guidance
 
     def close(self, state: State, logger: Logger) -> None:
-        self._guidance.release()
+        if self._guidance._closing is self:  # else it serves another Trainer by now
+            self._guidance.release()
 
 
 def _say(message: str, *values: Any) -> None:
@@ -338,11 +340,3 @@ def _say(message: str, *values: Any) -> None:
 
 def _device(state: State) -> torch.device:
     return state.device.tensor_to_device(torch.empty(0)).device
-
-
-def _vocabulary(model: nn.Module) -> dict[int, str]:
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        log.warning("the student's model has no tokenizer: whether the teacher shares its token ids is not checked.")
-        return {}
-    return {index: token for token, index in tokenizer.get_vocab().items()}

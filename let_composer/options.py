@@ -87,13 +87,13 @@ class LETOptions(Options):
     implementation: Implementation
 
     _choices: ClassVar[Mapping[str, Any]] = {
-        "anneal": Anneal,
+        **Options._choices,
         "resize": Resize,
         "normalize_teacher": Normalize,
         "placement": Placement,
         "implementation": Implementation,
     }
-    _unimportant: ClassVar[frozenset[str]] = frozenset({"trust_remote_code", "placement", "implementation"})
+    _unimportant: ClassVar[frozenset[str]] = Options._unimportant | {"placement", "implementation"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

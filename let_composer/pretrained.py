@@ -1,8 +1,11 @@
 """Find, download and read pretrained decoders; where one cannot be read, say which file is at fault."""
 
+import contextlib
 import json
 import logging
 import os
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +86,16 @@ def check_files(name: str) -> None:
     """Open every file that loading will read.
 
     Raises:
-        ValueError: Naming the file and its size, if it is damaged, half downloaded or a pointer of git-lfs.
+        ValueError: Naming the file and its size, if it is damaged, half downloaded or a pointer of git-lfs; or the
+            package that is needed to read it.
     """
     path, options = source(name, False)
     if file := options.get("gguf_file"):
         files = [Path(path, file)]
+        if find_spec("gguf") is None:
+            raise ValueError(
+                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
+            )
     else:
         config = find_file(name, "config.json")
         files = [] if config is None else sorted(config.parent / f for f in wanted(os.listdir(config.parent)))
@@ -103,9 +111,13 @@ def check_files(name: str) -> None:
                     pass
             elif file.suffix == ".json":
                 json.loads(file.read_bytes())
-            elif file.suffix == ".gguf" and not start.startswith(b"GGUF") or not start and file.suffix == ".bin":
-                raise ValueError("its first bytes are not those of the format")
-        except (SafetensorError, ValueError) as error:
+            elif file.suffix == ".gguf":
+                from gguf import GGUFReader
+
+                GGUFReader(file)
+            elif file.suffix == ".bin" and not (zipfile.is_zipfile(file) or start.startswith(b"\x80")):
+                raise ValueError("it is neither a whole archive of torch nor an old pickle")
+        except (SafetensorError, ValueError, IndexError) as error:
             raise ValueError(
                 f"{size} is damaged, or only half of it was downloaded: {error}. Fetch it again."
             ) from error
@@ -127,21 +139,8 @@ def load_config(name: str, trust_remote_code: bool) -> Any:
         )
     try:
         entries, _ = PretrainedConfig.get_config_dict(path, **options)
-        if method := (entries.get("quantization_config") or {}).get("quant_method"):
-            raise ValueError(
-                f"teacher {name!r} is quantised with {method}, which needs the package "
-                f"{_PACKAGES.get(method, method)} and kernels of its own. Choose the model that it was made from."
-            )
-        if _from_foundry(entries):
-            from llmfoundry.models.mpt import MPTConfig
-
-            config: Any = MPTConfig.from_dict(entries)
-            config.attn_config["attn_uses_sequence_id"] = True  # whoever calls decides: without ids nothing changes
-            return config
-        config = AutoConfig.from_pretrained(path, **options)
+        config = _foundry_config(entries) if _from_foundry(entries) else AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        if "quantised with" in str(error):
-            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"teacher {name!r} brings its own code, which is not run unless asked for. Read that code, then set "
@@ -151,6 +150,11 @@ def load_config(name: str, trust_remote_code: bool) -> Any:
             f"there is no teacher {name!r}: expected a model id on the hub, a folder with config.json, or a .gguf "
             f"file. On a machine without a network, give a local path. ({error})"
         ) from error
+    if method := (entries.get("quantization_config") or {}).get("quant_method"):
+        raise ValueError(
+            f"teacher {name!r} is quantised with {method}, which needs the package {_PACKAGES.get(method, method)} and "
+            "kernels of its own. Choose the model that it was made from."
+        )
     if config.is_encoder_decoder:
         raise ValueError(
             f"teacher {name!r} is an encoder-decoder ({config.model_type}). Choose a causal language model."
@@ -184,6 +188,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
         ValueError: If there is no such model, or its weights are incomplete or cannot be read.
     """
     config = load_config(name, trust_remote_code)
+    foundry = _from_foundry(config.to_dict())
     path, options = source(name, trust_remote_code)
     options |= {"torch_dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
@@ -191,33 +196,38 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
     try:
-        if _from_foundry(config.to_dict()):
+        if foundry:
             model, missing = _load_foundry_mpt(path, config, options)
         elif head or "gguf_file" in options:  # of GGUF files transformers knows the names of the whole model only
             model, missing = _load(AutoModelForCausalLM, path, options)
         else:
             model, missing = _load(AutoModel, path, options)
             if missing:  # or it has other names in the body than in the whole model, as gemma3_text has
-                try:
-                    whole, whole_missing = _load(AutoModelForCausalLM, path, options)
-                except ValueError:  # no such class
-                    whole, whole_missing = None, missing
-                if whole is not None and not whole_missing:
-                    model, missing = whole, []
-    except (OSError, RuntimeError, EOFError, ImportError, SafetensorError) as error:
+                with contextlib.suppress(ValueError):  # there may be no such class
+                    whole = _load(AutoModelForCausalLM, path, options)
+                    model, missing = (model, missing) if whole[1] else whole
+    except (OSError, RuntimeError, EOFError, ImportError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {error}") from error
+        reason = str(error).partition("\nModel type should be one of")[0]  # and then come hundreds
+        raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    output = model.get_output_embeddings()
+    of_head = next((f"{name}." for name, module in model.named_modules() if module is output), "")
+    if head and missing and of_head and all(key.startswith(of_head) for key in missing):
+        raise ValueError(
+            f"teacher {name!r} has no LM head: it was saved without {missing[0]}. LET's weight: auto reads the "
+            "teacher's loss through it, RKD and SALT its logits. Give LET a number as weight, or choose a teacher with "
+            "a head."
+        )
     if missing:
         raise ValueError(
             f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
             f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
         )
-    assert model is not None
-    body = getattr(model, "transformer", model) if _from_foundry(config.to_dict()) else model.base_model
-    if body is model and model.get_output_embeddings() is not None:  # its base_model_prefix names nothing
+    body = getattr(model, "transformer", model) if foundry else model.base_model
+    if body is model and output is not None:  # its base_model_prefix names nothing
         body = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
     return body, model
 
@@ -235,6 +245,14 @@ def _load_foundry_mpt(path: str, config: Any, options: dict[str, Any]) -> tuple[
     if not (options["torch_dtype"] == torch.bfloat16 and is_flash_v2_installed()):
         config.attn_config["attn_impl"] = "torch"
     return _load(MPTForCausalLM, path, {**options, "config": config})
+
+
+def _foundry_config(entries: dict[str, Any]) -> Any:
+    from llmfoundry.models.mpt import MPTConfig
+
+    config: Any = MPTConfig.from_dict(entries)
+    config.attn_config["attn_uses_sequence_id"] = True  # whoever calls decides: without ids nothing changes
+    return config
 
 
 def _from_foundry(entries: dict[str, Any]) -> bool:

@@ -36,10 +36,16 @@ class FeatureStatistics:
         self._device = torch.device("cpu")
         self._moments: Tensor | None = None  # [3, D] fp64: number of tokens (repeated), mean, sum of squared deviations
 
-    def mean_and_std(self) -> tuple[Tensor | None, Tensor | None]:
-        """What to subtract from and divide teacher features by, each ``[D]`` in fp32 or ``None``."""
+    def mean_and_std(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What to subtract from and divide teacher features by, each ``[D]`` in fp32 or ``None``.
+
+        Args:
+            device: Where the features are; the statistics stay there from then on.
+        """
+        self._device = device
         if self._moments is None:
             return None, None
+        self._moments = self._moments.to(device)
         count, mean, squares = self._moments
         if self.normalize == "center":
             return mean.float(), None
@@ -86,10 +92,7 @@ class FeatureStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists, so that every kind of checkpoint can carry them."""
-        return {
-            "normalize": self.normalize,
-            "moments": None if self._moments is None else self._moments.tolist(),
-        }
+        return {"moments": None if self._moments is None else self._moments.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over statistics, if they are kept and were kept; what is not finite starts anew, with a warning."""
@@ -98,12 +101,6 @@ class FeatureStatistics:
         moments = torch.tensor(state["moments"], dtype=torch.float64)
         if torch.isfinite(moments).all():
             moments[2].clamp_(min=0)
-            self._moments = moments.to(self._device)
+            self._moments = moments
         else:
             log.warning("the checkpoint's statistics of the teacher's features are not finite: they start anew.")
-
-    def to(self, device: torch.device) -> None:
-        """Name the device where the features are."""
-        self._device = device
-        if self._moments is not None:
-            self._moments = self._moments.to(device)

@@ -13,14 +13,14 @@ from composer.utils import dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from let_composer.masks import block_diagonal, needs_mask, positions
+from let_composer.masks import block_diagonal, positions
 from let_composer.pretrained import build, download, load, load_config
 from let_composer.ranks import check_same, everywhere
 from let_composer.student import Capture, blocks_passed, depth, find_blocks, matmul_parameters
 from let_composer.teacher_checks import check_causal, check_finite, check_head, fingerprint, separates_documents
 from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
-__all__ = ["Placement", "Teacher", "build_body", "check_vocabulary", "load_teacher", "needs_mask", "read_vocabulary"]
+__all__ = ["Placement", "Teacher", "build_body", "load_teacher"]
 
 Placement = Literal["replicate", "shard"]
 
@@ -206,7 +206,8 @@ class Teacher:
         if sequence_id is not None:
             return self.packed(input_ids, sequence_id, attention_mask)
         inputs = {"attention_mask": attention_mask}
-        if attention_mask is not None and "position_ids" in self._takes:
+        counts_itself = "sequence_id" in self._takes  # llm-foundry's MPT
+        if attention_mask is not None and "position_ids" in self._takes and not counts_itself:
             inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self._forward(input_ids, inputs)
 
@@ -224,7 +225,8 @@ class Teacher:
     def _forward(self, input_ids: Tensor, inputs: Mapping[str, Tensor | None]) -> Tensor:
         if self._capture is not None:
             self._capture.arm()
-        output = self.body(input_ids=input_ids, use_cache=False, **inputs)
+        options = {"use_cache": False} if "use_cache" in self._takes else {}
+        output = self.body(input_ids=input_ids, **options, **inputs)
         if hasattr(self.body, "reshard"):  # a sharded root keeps its parameters gathered after a forward without grad
             self.body.reshard()
         return output.last_hidden_state if self._capture is None else self._capture.take()
@@ -246,11 +248,9 @@ def load_teacher(
     name: str,
     vocabulary: Mapping[int, str],
     *,
-    layer: int = -1,
-    head: bool = False,
-    device: torch.device | str = "cpu",
     placement: Placement = "replicate",
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> Teacher:
     """A teacher on every rank: downloaded once a node, checked once a node, the same everywhere. All ranks call this.
 
@@ -260,11 +260,9 @@ def load_teacher(
     Args:
         name: As in :class:`Teacher`.
         vocabulary: The student's, id to token; empty if unknown.
-        layer: As in :class:`Teacher`.
-        head: As in :class:`Teacher`.
-        device: As in :class:`Teacher`.
         placement: As in :class:`Teacher`; ``"shard"`` shards it, over the ranks of each node.
         trust_remote_code: As in :class:`Teacher`.
+        options: Further ones of :class:`Teacher`.
 
     Raises:
         ValueError: As :class:`Teacher`, if the vocabularies differ, or if the ranks have different teachers.
@@ -277,15 +275,7 @@ def load_teacher(
 
     def start() -> Teacher:
         theirs = read_vocabulary(name, trust_remote_code)
-        teacher = Teacher(
-            name,
-            layer=layer,
-            device=device,
-            placement=placement,
-            head=head,
-            trust_remote_code=trust_remote_code,
-            check=first,
-        )
+        teacher = Teacher(name, placement=placement, trust_remote_code=trust_remote_code, check=first, **options)
         check_vocabulary(vocabulary, theirs, teacher.rows, name)
         return teacher
 

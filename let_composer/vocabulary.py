@@ -2,16 +2,26 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from let_composer.pretrained import check_files, find_file, source
 
-__all__ = ["check_vocabulary", "read_vocabulary"]
+__all__ = ["check_vocabulary", "read_vocabulary", "student_vocabulary"]
 
 log = logging.getLogger(__name__)
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def student_vocabulary(model: Any) -> dict[int, str]:
+    """The vocabulary of a model that has a tokenizer, id to token; empty, with a warning, where it has none."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        log.warning("the student's model has no tokenizer: whether the teacher shares its token ids is not checked.")
+        return {}
+    return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
 def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str] | None:
@@ -27,12 +37,7 @@ def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str
     path, options = source(name, trust_remote_code)
     check_files(name)
     if "gguf_file" in options:
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
-            raise ValueError(
-                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
-            ) from error
+        from gguf import GGUFReader
 
         tokens = GGUFReader(f"{path}/{options['gguf_file']}").fields.get("tokenizer.ggml.tokens")
         return None if tokens is None else dict(enumerate(tokens.contents()))

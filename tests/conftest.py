@@ -1,5 +1,8 @@
 """What every test builds on: a small tokenizer, teachers on disk, a small MPT student, real batches for a Trainer."""
 
+import copy
+import gc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,17 @@ from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_token
 from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from let_composer import LET
+
 VOCABULARY = 64
 LENGTH = 16
+_STUDENTS: dict[Any, ComposerMPTCausalLM] = {}
+
+gc.freeze()  # what is imported stays: the algorithm collects garbage at its end, and would look through all of it
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +61,15 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
 
 
 def build_student(tokenizer: PreTrainedTokenizerFast, seed: int = 17, **overrides: Any) -> ComposerMPTCausalLM:
+    """A copy of one that is built once, as llm-foundry takes half a second to look up how to initialise it."""
+    key = (id(tokenizer), seed, repr(overrides))
+    if key not in _STUDENTS:
+        _STUDENTS[key] = _new_student(tokenizer, seed, overrides)
+    torch.manual_seed(seed)
+    return copy.deepcopy(_STUDENTS[key], {id(tokenizer): tokenizer})
+
+
+def _new_student(tokenizer: PreTrainedTokenizerFast, seed: int, overrides: dict[str, Any]) -> ComposerMPTCausalLM:
     torch.manual_seed(seed)
     options: dict[str, Any] = {
         "d_model": 32,
@@ -87,13 +105,19 @@ def build_rows(
 
 
 def build_data(
-    tokenizer: PreTrainedTokenizerFast, batch_size: int = 8, sampler: Any = None, **options: Any
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int = 8,
+    sampler: Any = None,
+    change: Callable[[Any], Any] = lambda batch: batch,
+    **options: Any,
 ) -> DataSpec:
-    """What llm-foundry's data loaders give a Trainer, over :func:`build_rows`."""
+    """What llm-foundry's data loaders give a Trainer, over :func:`build_rows`; ``change`` makes other batches of it."""
     rows, collate = build_rows(tokenizer, **options)
     if sampler is not None:
         sampler = sampler(rows)
-    loader: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collate, sampler=sampler)
+    loader: Any = DataLoader(
+        rows, batch_size=batch_size, collate_fn=lambda rows: change(collate(rows)), sampler=sampler
+    )
     return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
 
 
@@ -123,6 +147,23 @@ def train(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Trainer]:
         if fit:
             trainer.fit()
         return trainer
+
+    return run
+
+
+@pytest.fixture
+def let(teacher_folder: str) -> Callable[..., LET]:
+    """LET with a number as its weight and no head to load, unless another weight is given."""
+    return lambda **options: LET(**{"teacher": teacher_folder, "weight": 1.0, **options})
+
+
+@pytest.fixture
+def saved(train: Callable[..., Trainer], tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Train with a checkpoint after every second batch; returns how to load that after ``batch``."""
+
+    def run(*algorithms: Any, batch: int = 2, **options: Any) -> dict[str, str]:
+        train(*algorithms, save_folder=str(tmp_path), save_interval="2ba", **options)
+        return {"load_path": str(tmp_path / f"ep0-ba{batch}-rank0.pt")}
 
     return run
 
@@ -161,6 +202,50 @@ def hf_student(tokenizer: Any, folder: str, **options: Any) -> ComposerHFCausalL
     return ComposerHFCausalLM(
         tokenizer=tokenizer, pretrained_model_name_or_path=folder, pretrained=True, use_train_metrics=False, **options
     )
+
+
+def balanced_loss(model: ComposerMPTCausalLM) -> ComposerMPTCausalLM:
+    """The model with a loss of the form of llm-foundry's mixtures of experts."""
+    plain_loss = model.loss
+
+    def loss(outputs: Any, batch: Any) -> dict[str, torch.Tensor]:
+        lm, balance = plain_loss(outputs, batch), 0.01 * outputs.logits.square().mean()
+        return {"total": lm + balance, "loss": lm, "lbl": balance}
+
+    model.loss = loss
+    return model
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which the host would wait for an accelerator."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        boolean = name.startswith("index.Tensor") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if boolean or any(name.startswith(known) for known in self.names):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Sizes(TorchDispatchMode):
+    """Collects how many elements the outputs of one operation have."""
+
+    def __init__(self, operation: Any) -> None:
+        super().__init__()
+        self.operation = operation
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is self.operation:
+            self.found.append(output.numel())
+        return output
 
 
 def evaluator(tokenizer: Any) -> Evaluator:

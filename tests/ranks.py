@@ -29,7 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp_shard_microbatches": {"placement": "shard", "device_train_microbatch_size": 2},
     "ddp_triton": {"implementation": "triton"},  # in Triton's interpreter
-    "ddp_compiled": COMPILED,
     "fsdp1": {"fsdp1": {}},
     "fsdp1_shard_microbatches": {"fsdp1": {}, "placement": "shard", "device_train_microbatch_size": 2},
     "fsdp1_checkpointing": {"fsdp1": {"activation_checkpointing": True, "activation_checkpointing_reentrant": False}},

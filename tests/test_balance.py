@@ -9,7 +9,15 @@ from torch.nn.functional import pad
 from transformers import LlamaForCausalLM
 
 from let_composer import LET, RKD, SALT, alignment_loss
-from let_composer.balance import GradientRatio, Lead, histogram, measured, sampled_loss, stacking_weight
+from let_composer.balance import (
+    GradientRatio,
+    RunningMean,
+    histogram,
+    lead_share,
+    measured,
+    sampled_loss,
+    stacking_weight,
+)
 from let_composer.teacher import Teacher
 
 
@@ -61,18 +69,15 @@ def test_the_share_is_the_one_under_which_the_mixture_predicts_best():
 
 
 def test_a_lead_counts_in_full_from_half_a_nat():
-    lead = Lead()
-    assert lead.share == 1
-    lead.update(0.3)
-    assert lead.share == pytest.approx(0.6)
-    lead.update(math.nan)
-    lead.update(1.3)
-    assert lead.share == pytest.approx(0.8)
-    lead.update(9.0)
-    assert lead.share == 1
-    for _ in range(40):
-        lead.update(-1.0)
-    assert lead.share == 0
+    assert [lead_share(nats) for nats in (None, 9.0, 0.5, 0.3, 0.0, -1.0)] == pytest.approx([1, 1, 1, 0.6, 0, 0])
+
+
+def test_a_running_mean_leaves_out_what_is_not_finite():
+    mean = RunningMean()
+    assert mean.value is None
+    for found in (math.nan, 0.3, math.inf, 1.3):
+        mean.update(found)
+    assert mean.value == pytest.approx(0.9 * 0.3 + 0.1 * 1.3)
 
 
 @pytest.mark.parametrize("length, step", [(5, 1), (1000, 3)])
@@ -123,6 +128,22 @@ def test_microbatches_do_not_matter_and_a_resumed_run_is_the_same(train, tokeniz
     resumed = run(load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
     assert metrics(resumed, name) == metrics(whole, name)[2:]
     assert_equal(parameters(whole), parameters(resumed))
+
+
+def test_a_gradient_scaler_changes_no_weight(train, let):
+    """As under amp_fp16, which Composer has on CUDA only: the gradients that LET measures are scaled with the loss."""
+
+    def run(scaled: bool) -> list[float]:
+        trainer = train(let(stop="5ba", weight="auto"), device_train_microbatch_size=3, fit=False)
+        if scaled:
+            trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            trainer._use_grad_scaling = lambda precision, scaler: True
+            trainer._use_closures = lambda: False  # torch's scaler takes none
+        trainer.fit()
+        assert not scaled or trainer.state.scaler.state_dict()["_growth_tracker"] == 6  # batches that it scaled
+        return metrics(trainer, "let/weight")
+
+    assert run(True) == pytest.approx(run(False), rel=1e-6)
 
 
 @pytest.mark.parametrize(

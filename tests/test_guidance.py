@@ -1,6 +1,8 @@
 """A guided batch in a real Trainer: separation, accumulation, numbers, and the company that users have."""
 
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from composer import Callback, DataSpec
 from composer.algorithms import EMA, GradientClipping
 from composer.core import Algorithm, Event
-from composer.loggers import LoggerDestination, ProgressBarLogger
+from composer.loggers import LoggerDestination
 from conftest import (
     LENGTH,
     VOCABULARY,
+    Reads,
     assert_close,
+    balanced_loss,
     build_data,
     build_student,
     evaluator,
@@ -28,58 +32,53 @@ from let_composer.loss import alignment
 from let_composer.teacher import Teacher
 
 
-class TestSeparation:
-    """Invariant 2: the teacher is nobody's parameter."""
+@pytest.fixture
+def teacher_sees(monkeypatch) -> Callable[..., list[tuple[bool, bool]]]:
+    """Watches the teacher from here on, and may spoil its states: whether it is given a mask, and documents."""
 
-    def test_not_in_the_checkpoint_nor_the_optimizer_nor_the_export(self, train, teacher_folder, tmp_path):
-        plain = train(max_duration="1ba")
-        guided = train(LET(teacher_folder, stop="4ba", weight=0.1), max_duration="4ba", fit=False)
-        guided.fit(duration="1ba")
-        assert guided.state.algorithms[0]._teacher is not None
-        assert plain.state.state_dict()["model"].keys() == guided.state.state_dict()["model"].keys()
-        count = [
-            sum(p.numel() for g in t.state.optimizers[0].param_groups for p in g["params"]) for t in (plain, guided)
-        ]
-        assert count[0] == count[1]
-        guided.state.model.model.save_pretrained(tmp_path)
-        reloaded = Teacher(str(tmp_path))  # the student's export is a complete model, and could teach in turn
-        assert reloaded.parameters < sum(p.numel() for p in guided.state.model.parameters())
-        assert len(guided.state.state_dict()["algorithms"][0][1]["repr"]) < 300
+    def watch(spoil: Callable[[torch.Tensor], None] = lambda states: None) -> list[tuple[bool, bool]]:
+        given, hidden = [], Teacher.hidden
 
-    def test_the_state_is_plain(self, train, teacher_folder):
-        algorithm = LET(teacher_folder, stop="4ba", normalize_teacher="standardize", weight=0.1)
-        train(algorithm, max_duration="4ba")
+        def spy(self: Teacher, ids: Any, mask: Any = None, sequence_id: Any = None) -> torch.Tensor:
+            given.append((mask is not None, sequence_id is not None))
+            states = hidden(self, ids, mask, sequence_id).clone()
+            spoil(states)
+            return states
 
-        def plain(value: Any) -> bool:
-            if isinstance(value, dict):
-                return all(plain(v) for v in value.values())
-            if isinstance(value, list):
-                return all(plain(v) for v in value)
-            return value is None or type(value) in (str, int, float, bool)
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        return given
 
-        assert plain(algorithm.state_dict())
+    return watch
+
+
+def test_the_teacher_is_nobodys_parameter(train, let):
+    """Invariant 2: neither in the checkpoint, nor in the export, nor in the optimizer."""
+    plain = train(max_duration="1ba")
+    guided = train(let(stop="4ba"), max_duration="4ba", fit=False)
+    guided.fit(duration="1ba")
+    assert guided.state.algorithms[0]._teacher is not None
+    assert plain.state.state_dict()["model"].keys() == guided.state.state_dict()["model"].keys()
+    count = [sum(p.numel() for g in t.state.optimizers[0].param_groups for p in g["params"]) for t in (plain, guided)]
+    assert count[0] == count[1]
 
 
 class TestAccumulation:
     """Invariant 3: how a batch is cut into microbatches does not matter."""
 
     @pytest.mark.parametrize(
-        (
-            "on_tokens",
-            "ragged",
-            "normalize",
-        ),  # by samples Composer weights unequal ones otherwise, the student's loss too
-        [
-            (True, False, "standardize"),
-            (True, True, "none"),
-            (True, True, "standardize"),
-            (False, False, "standardize"),
+        ("on_tokens", "ragged", "method", "options"),
+        [  # by samples Composer weights unequal microbatches otherwise, the student's loss too
+            (True, False, LET, {"normalize_teacher": "standardize"}),
+            (True, True, LET, {}),
+            (True, True, LET, {"normalize_teacher": "standardize"}),
+            (False, False, LET, {"normalize_teacher": "standardize"}),
+            (True, True, RKD, {}),
         ],
     )
-    def test_microbatches(self, train, tokenizer, teacher_folder, on_tokens, ragged, normalize):
+    def test_microbatches(self, train, tokenizer, teacher_folder, on_tokens, ragged, method, options):
         def run(size: int):
             return train(
-                LET(teacher_folder, stop="3ba", weight=1.0, normalize_teacher=normalize),
+                method(teacher_folder, stop="3ba", weight=1.0, **options),
                 data=build_data(tokenizer, ragged=ragged),
                 device_train_microbatch_size=size,
                 accumulate_train_batch_on_tokens=on_tokens,
@@ -88,33 +87,27 @@ class TestAccumulation:
 
         whole, parts = run(8), run(3)
         assert_close(parameters(whole), parameters(parts))
-        for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine"):
+        for name in {"loss", "lm_loss"} | ({"cosine", "constant_cosine"} if method is LET else {"teacher_share"}):
+            name = f"{method.prefix}/{name}"
             assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-5)
 
     @pytest.mark.parametrize("needed", [False, True])
     def test_the_teacher_sees_padding_only_where_it_matters(
-        self, train, tokenizer, teacher_folder, monkeypatch, needed
+        self, train, tokenizer, let, teacher_sees, monkeypatch, needed
     ):
-        seen, hidden = [], Teacher.hidden
-
-        def spy(self: Teacher, ids: torch.Tensor, mask: Any = None, sequence_id: Any = None) -> torch.Tensor:
-            seen.append(mask is not None)
-            return hidden(self, ids, mask, sequence_id)
-
         if needed:  # as with padding in front, which MPT cannot train on
             monkeypatch.setattr("let_composer.guidance.needs_mask", lambda mask: True)
         data = build_data(tokenizer, ragged=True)
-        options = {"data": data, "device_train_microbatch_size": 4, "fit": False}
-        trainer = train(LET(teacher_folder, stop="2ba", weight=1.0), **options)
-        monkeypatch.setattr(Teacher, "hidden", spy)
+        trainer = train(let(stop="2ba"), data=data, device_train_microbatch_size=4, fit=False)
+        given = teacher_sees()
         trainer.fit()
-        assert seen == [needed] * 4
+        assert given == [(needed, False)] * 4
 
-    def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, teacher_folder):
+    def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, let, teacher_folder):
         data = build_data(tokenizer, ragged=True)
         batch = next(iter(data.dataloader))
         guided = train(
-            LET(teacher_folder, stop="1ba", weight=0.5),
+            let(stop="1ba", weight=0.5),
             data=data,
             device_train_microbatch_size=2,
             accumulate_train_batch_on_tokens=False,
@@ -135,65 +128,71 @@ class TestAccumulation:
                 p -= p.grad
         assert_close(dict(model.named_parameters()), parameters(guided))
 
-    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, teacher_folder):
-        trainer = train(
-            LET(teacher_folder, stop="6ba", weight=0.7),
-            data=build_data(tokenizer, ragged=True),
-            device_train_microbatch_size=3,
-        )
-        total = metrics(trainer, "loss/train/total")
-        parts = zip(
-            metrics(trainer, "let/lm_loss"), metrics(trainer, "let/weight"), metrics(trainer, "let/loss"), strict=False
-        )
-        assert total == pytest.approx([lm + weight * loss for lm, weight, loss in parts], rel=1e-5)
+    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, let):
+        data = build_data(tokenizer, ragged=True)
+        trainer = train(let(stop="6ba", weight=0.7), data=data, device_train_microbatch_size=3)
+        parts = zip(*(metrics(trainer, f"let/{name}") for name in ("lm_loss", "weight", "loss")), strict=False)
+        expected = [lm + weight * loss for lm, weight, loss in parts]
+        assert metrics(trainer, "loss/train/total") == pytest.approx(expected, rel=1e-5)
         assert metrics(trainer, "let/cosine") == [-loss for loss in metrics(trainer, "let/loss")]
         assert all(0 < share < 1 for share in metrics(trainer, "let/teacher_flops_share"))
 
 
 class TestNumbers:
-    """Invariants 7 and 8."""
+    """Invariants 7 and 8, and what is left out is counted."""
 
-    def test_an_all_masked_microbatch(self, train, tokenizer, teacher_folder):
-        data = build_data(tokenizer)
-        loader: Any = data.dataloader
-        collate = loader.collate_fn
-
-        def mask_first_rows(rows: list[Any]) -> Any:
-            batch = collate(rows)
+    def test_an_all_masked_microbatch(self, train, tokenizer, let):
+        def mask_first_rows(batch: Any) -> Any:
             batch["labels"][:2] = -100
             batch["loss_generating_tokens"][:2] = [0, 0]
             return batch
 
-        loader = torch.utils.data.DataLoader(loader.dataset, batch_size=8, collate_fn=mask_first_rows)
-        data = DataSpec(loader, get_num_tokens_in_batch=data.get_num_tokens_in_batch)
-        trainer = train(LET(teacher_folder, stop="3ba", weight=1.0), data=data, device_train_microbatch_size=2)
+        data = build_data(tokenizer, change=mask_first_rows)
+        trainer = train(let(stop="3ba"), data=data, device_train_microbatch_size=2)
         assert all(torch.isfinite(p).all() for p in trainer.state.model.parameters())
         assert all(-1 <= value <= 1 for value in metrics(trainer, "let/loss"))
 
-    def test_a_non_finite_teacher_does_not_reach_the_student(self, train, teacher_folder, monkeypatch):
-        hidden = Teacher.hidden
+    def test_rows_without_a_direction_are_kept_out_counted_and_reported_once(self, train, let, teacher_sees, caplog):
+        def spoil(states: torch.Tensor) -> None:
+            states[:, : LENGTH // 2 - 1] = float("nan")
+            states[:, LENGTH // 2 - 1, 3] = float("inf")
 
-        def poisoned(self: Teacher, *args: Any) -> torch.Tensor:
-            states = hidden(self, *args).clone()
-            states[0, 0], states[0, 1, 3] = float("inf"), float("nan")
-            return states
-
-        trainer = train(LET(teacher_folder, stop="6ba", weight=1.0, normalize_teacher="standardize"), fit=False)
-        monkeypatch.setattr(Teacher, "hidden", poisoned)
+        algorithm = let(stop="3ba", normalize_teacher="standardize")
+        trainer = train(algorithm, device_train_microbatch_size=3, fit=False)
+        teacher_sees(spoil)
         trainer.fit()
         assert all(torch.isfinite(p).all() for p in trainer.state.model.parameters())
         assert all(-1 < value < 1 for value in metrics(trainer, "let/loss"))
+        assert metrics(trainer, "let/usable") == pytest.approx([(LENGTH / 2 - 1) / (LENGTH - 1)] * 3)
+        assert caplog.text.count("let/usable is 0.47") == 1
 
-    def test_a_student_equal_to_its_teacher(self, train, tokenizer, teacher_folder):
+    def test_a_student_equal_to_its_teacher(self, train, tokenizer, let, teacher_folder):
         def run(*algorithms: Any):
             model = hf_student(tokenizer, teacher_folder)
             return train(*algorithms, model=model, max_duration="1ba")
 
-        guided = run(LET(teacher_folder, student_layer=1, teacher_layer=1, stop="1ba", weight=1.0))
+        guided = run(let(student_layer=1, teacher_layer=1, stop="1ba"))
         assert metrics(guided, "let/loss") == [pytest.approx(-1)]
         plain = parameters(run())
         for name, value in parameters(guided).items():
             torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [LET, RKD])
+def test_the_host_waits_for_nothing_before_the_end_of_a_batch(train, teacher_folder, method):
+    found: dict[Event, Counter[str]] = {}
+
+    class Watched(method):
+        def apply(self, event: Event, *args: Any) -> None:
+            with Reads() as reads:
+                super().apply(event, *args)
+            found[event] = found.get(event, Counter()) + reads.found
+
+    options = {"normalize_teacher": "standardize"} if method is LET else {}
+    train(Watched(teacher_folder, stop="3ba", weight="auto", **options))
+    assert found.pop(Event.BATCH_END)
+    batch = {Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.AFTER_LOSS}
+    assert not any(found.pop(event) for event in batch)
 
 
 class Tried(Callback):
@@ -217,75 +216,46 @@ class TestCompany:
     """Models, losses, algorithms and callbacks that users have."""
 
     @pytest.mark.parametrize("return_dict", [True, False])  # without, Composer gets the loss as a tuple
-    def test_a_hugging_face_student(self, train, tokenizer, teacher_folder, return_dict):
+    def test_a_hugging_face_student(self, train, tokenizer, let, teacher_folder, return_dict):
         model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": return_dict})
-        trainer = train(LET(teacher_folder, student_layer=1, stop="4ba", weight=0.1), model=model)
+        trainer = train(let(student_layer=1, stop="4ba"), model=model)
         assert len(metrics(trainer, "let/loss")) == 4
 
-    def test_a_mixture_of_experts_loss(self, train, tokenizer, teacher_folder):
-        model = build_student(tokenizer)
-        plain_loss = model.loss
-
-        def loss(outputs: Any, batch: Any) -> dict[str, torch.Tensor]:  # the form of llm-foundry's MoE
-            lm = plain_loss(outputs, batch)
-            balance = 0.01 * outputs.logits.square().mean()
-            return {"total": lm + balance, "loss": lm, "lbl": balance}
-
-        model.loss = loss
-        trainer = train(LET(teacher_folder, stop="4ba", weight=1.0), model=model)
+    def test_a_mixture_of_experts_loss(self, train, tokenizer, let):
+        trainer = train(let(stop="4ba"), model=balanced_loss(build_student(tokenizer)))
         total, lm = metrics(trainer, "loss/train/total")[0], metrics(trainer, "let/lm_loss")[0]
         assert lm == pytest.approx(metrics(trainer, "loss/train/loss")[0] + metrics(trainer, "loss/train/lbl")[0])
         assert total == pytest.approx(lm + metrics(trainer, "let/loss")[0])
 
     @pytest.mark.filterwarnings("ignore:KillLossSpike is experimental")
-    def test_clipping_ema_loss_spikes_and_evaluation(self, train, tokenizer, teacher_folder):
+    def test_clipping_ema_loss_spikes_and_evaluation(self, train, tokenizer, let):
         algorithms = (
             GradientClipping(clipping_type="norm", clipping_threshold=1.0),
             EMA(half_life="2ba"),
-            LET(teacher_folder, stop="4ba", weight=0.1),
+            guidance := let(stop="4ba"),
         )
         options = {"eval_dataloader": evaluator(tokenizer), "eval_interval": "2ba"}
         trainer = train(*algorithms, callbacks=[KillLossSpike(window_size=2)], **options, fit=False)
         trainer.eval()  # as eval_first does
-        assert algorithms[2]._capture.hidden is None
+        assert guidance._capture.hidden is None
         trainer.fit()
         assert metrics(trainer, "let/active") == [1, 1, 1, 1, 0]
         assert len(metrics(trainer, "metrics/eval/LanguageCrossEntropy")) >= 3
 
-    def test_generation_between_batches(self, train, tokenizer, teacher_folder):
-        trainer = train(LET(teacher_folder, stop="4ba", weight=0.1), max_duration="4ba", fit=False)
-        trainer.fit(duration="2ba")
-        trainer.state.model.eval()
-        ids = torch.ones(1, 3, dtype=torch.long)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "pad_token_id": 0}
-        assert trainer.state.model.model.generate(ids, **options).shape[1] >= 4
-        trainer.fit(duration="2ba")
-        assert len(metrics(trainer, "let/loss")) == 4
-
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
-    def test_a_compiled_student(self, train, tokenizer, teacher_folder):
+    def test_a_compiled_student(self, train, tokenizer, let):
         torch._dynamo.reset()
         options = {"eval_dataloader": evaluator(tokenizer), "eval_interval": "2ba"}
-        plain = train(LET(teacher_folder, stop="4ba", weight=1.0), **options)
+        plain = train(let(stop="4ba"), **options)
         with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4, fail_on_recompile_limit_hit=True):
-            compiled = train(
-                LET(teacher_folder, stop="4ba", weight=1.0), **options, compile_config={"backend": "aot_eager"}
-            )
+            compiled = train(let(stop="4ba"), **options, compile_config={"backend": "aot_eager"})
         assert metrics(plain, "let/loss") == pytest.approx(metrics(compiled, "let/loss"), rel=1e-4)
         assert metrics(plain, "loss/train/total") == pytest.approx(metrics(compiled, "loss/train/total"), rel=1e-5)
 
-    @pytest.mark.filterwarnings("ignore:Specifying the ProgressBarLogger via `loggers`")
-    def test_losses_reach_the_progress_bar(self, train, teacher_folder):
-        shown: dict[str, Any] = {}
-        bar = ProgressBarLogger()
-        bar.log_to_pbar = lambda data: shown.update(data)  # what it would write behind the bar
-        train(LET(teacher_folder, stop="4ba", weight=0.1), loggers=[bar])
-        assert {"let/loss", "let/lm_loss"} <= shown.keys()
-
     @pytest.mark.parametrize("place", ["student", "teacher", "term", "loss"])
     @pytest.mark.filterwarnings("ignore:CUDA out of memory or excessive memory allocation")  # what is provoked here
-    def test_a_retry_after_running_out_of_memory(self, train, tokenizer, teacher_folder, monkeypatch, place):
+    def test_a_retry_after_running_out_of_memory(self, train, tokenizer, let, monkeypatch, place):
         """Composer runs the same batch again, in smaller microbatches; what the first try left must not count, nor
         take up memory."""
 
@@ -305,15 +275,9 @@ class TestCompany:
             model = build_student(tokenizer)
             blocks = model.model.transformer.blocks
             blocks[2].register_forward_hook(lambda _, args, output: tried.saw(output[0]))
-            algorithm = LET(teacher_folder, stop="4ba", weight=1.0, normalize_teacher="standardize")
-            trainer = train(
-                algorithm,
-                model=model,
-                device_train_microbatch_size=4,
-                max_duration="4ba",
-                callbacks=[tried],
-                fit=False,
-            )
+            algorithm = let(stop="4ba", normalize_teacher="standardize")
+            options = {"device_train_microbatch_size": 4, "max_duration": "4ba", "callbacks": [tried]}
+            trainer = train(algorithm, model=model, **options, fit=False)
             trainer.state.auto_microbatching = True  # Composer offers it on CUDA only
             if place == "student":
                 blocks[3].forward = failing(blocks[3].forward)  # behind what is captured
@@ -335,12 +299,12 @@ class TestCompany:
         moments = [torch.tensor(a.state_dict()["saved"]["statistics"]["moments"]) for a in (first, second)]
         torch.testing.assert_close(*moments)
 
-    def test_checkpointing_of_the_models_own(self, train, tokenizer, teacher_folder):
+    def test_checkpointing_of_the_models_own(self, train, tokenizer, let, teacher_folder):
         def run(**options: Any) -> Any:
             model = hf_student(tokenizer, teacher_folder)
             if options:
                 model.model.gradient_checkpointing_enable(options)
-            return train(LET(teacher_folder, student_layer=1, stop="2ba", weight=1.0), model=model, max_duration="2ba")
+            return train(let(student_layer=1, stop="2ba"), model=model, max_duration="2ba")
 
         plain = parameters(run())
         for reentrant in (True, False):
@@ -348,11 +312,7 @@ class TestCompany:
             assert trainer.state.model.model.is_gradient_checkpointing
             assert_close(plain, parameters(trainer))
 
-
-class TestMetrics:
-    """Nothing is dropped, and what is left out is counted."""
-
-    def test_a_logger_that_refuses_to_go_back(self, train, teacher_folder):
+    def test_a_logger_that_refuses_to_go_back(self, train, let):
         class Forward(LoggerDestination):
             """Drops what comes under an earlier step, as some services do."""
 
@@ -375,31 +335,17 @@ class TestMetrics:
                 logger.log_metrics({"early": 1.0})
 
         logger = Forward()
-        train(Early(), LET(teacher_folder, stop="4ba", weight=0.1), loggers=[logger])
+        train(Early(), let(stop="4ba"), loggers=[logger])
         for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine", "let/usable"):
             assert logger.seen.count(name) == 4, name
-
-    def test_rows_without_a_direction_are_counted_and_reported_once(self, train, teacher_folder, monkeypatch, caplog):
-        hidden = Teacher.hidden
-
-        def poisoned(self: Teacher, *args: Any) -> torch.Tensor:
-            states = hidden(self, *args).clone()
-            states[:, : LENGTH // 2] = float("nan")
-            return states
-
-        trainer = train(LET(teacher_folder, stop="3ba", weight=1.0), device_train_microbatch_size=3, fit=False)
-        monkeypatch.setattr(Teacher, "hidden", poisoned)
-        trainer.fit()
-        assert metrics(trainer, "let/usable") == pytest.approx([(LENGTH / 2 - 1) / (LENGTH - 1)] * 3)
-        assert caplog.text.count("let/usable is 0.47") == 1
 
 
 class TestTwoMethods:
     """LET and RKD guide one run."""
 
-    def test_two_lets_are_refused(self, train, teacher_folder):
-        with pytest.raises(ValueError, match="one algorithm that logs under let/"):
-            train(LET(teacher_folder, weight=0.1), LET(teacher_folder, student_layer=1, weight=0.1), fit=False)
+    def test_two_lets_are_refused(self, train, let):
+        with pytest.raises(ValueError, match=r"one algorithm that logs under let/, got LET\(.* and 1 more\."):
+            train(RKD("./nowhere"), let(), let(student_layer=1), fit=False)
 
     def test_their_order_does_not_matter_and_one_teacher_serves_both(self, train, teacher_folder, monkeypatch):
         runs = []
@@ -431,52 +377,35 @@ class TestBatches:
         [
             (lambda batch: {"input_ids": batch["input_ids"]}, "Got input_ids"),
             (lambda batch: [batch["input_ids"], batch["labels"]], "Got a list"),
+            (lambda batch: (batch["input_ids"], batch["labels"]), "Got a "),
         ],
     )
-    def test_others_die_before_the_first_step(self, train, tokenizer, teacher_folder, change, found):
-        loader: Any = build_data(tokenizer).dataloader
-        collate = loader.collate_fn
-        loader = torch.utils.data.DataLoader(
-            loader.dataset, batch_size=8, collate_fn=lambda rows: change(collate(rows))
-        )
+    def test_others_die_before_the_first_step(self, train, tokenizer, let, change, found):
+        loader: Any = build_data(tokenizer, change=change).dataloader
         data = DataSpec(loader, get_num_samples_in_batch=lambda batch: 8, get_num_tokens_in_batch=lambda batch: 8)
         with pytest.raises(ValueError, match=f"LET needs batches that map 'input_ids' and 'labels'.*{found}"):
-            train(LET(teacher_folder, stop="2ba", weight=0.1), data=data, accumulate_train_batch_on_tokens=False)
+            train(let(stop="2ba"), data=data, accumulate_train_batch_on_tokens=False)
 
     @pytest.mark.parametrize("separate", [True, False])
     @pytest.mark.filterwarnings("ignore:MPT received non-None input for `sequence_id`")  # where it does not separate
     def test_packed_documents_are_apart_where_they_are_for_the_student(
-        self, train, tokenizer, teacher_folder, monkeypatch, separate
+        self, train, tokenizer, let, teacher_sees, separate
     ):
-        seen, hidden = [], Teacher.hidden
+        def pack(batch: Any) -> Any:
+            return {**batch, "sequence_id": (torch.arange(LENGTH) >= 5).long().expand(8, LENGTH)}
 
-        def spy(self: Teacher, ids: torch.Tensor, mask: Any = None, sequence_id: Any = None) -> torch.Tensor:
-            seen.append(sequence_id is not None)
-            return hidden(self, ids, mask, sequence_id)
-
-        loader: Any = build_data(tokenizer).dataloader
-        collate = loader.collate_fn
-
-        def packed(rows: list[Any]) -> Any:
-            batch = collate(rows)
-            return {**batch, "sequence_id": (torch.arange(LENGTH) >= 5).long().expand(len(rows), LENGTH)}
-
-        loader = torch.utils.data.DataLoader(loader.dataset, batch_size=8, collate_fn=packed)
-        data = DataSpec(loader, get_num_tokens_in_batch=build_data(tokenizer).get_num_tokens_in_batch)
         model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": separate})
-        trainer = train(
-            LET(teacher_folder, stop="1ba", weight=0.1), data=data, model=model, max_duration="1ba", fit=False
-        )
-        monkeypatch.setattr(Teacher, "hidden", spy)
+        trainer = train(let(stop="1ba"), data=build_data(tokenizer, change=pack), model=model, fit=False)
+        given = teacher_sees()
         trainer.fit()
-        assert seen == [separate]
+        assert given == [(False, separate)]
 
-    @pytest.mark.filterwarnings("ignore:MPT received non-None input for `sequence_id`")
-    def test_a_teacher_that_cannot_keep_them_apart_is_refused_before_the_first_batch(self, train, tokenizer, tmp_path):
-        GPT2LMHeadModel(GPT2Config(VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
-            tmp_path
-        )
+    def test_a_teacher_that_cannot_keep_them_apart_is_refused_before_the_first_batch(
+        self, train, tokenizer, let, tmp_path
+    ):
+        config = GPT2Config(VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=1)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         model = build_student(tokenizer, attn_config={"attn_impl": "torch", "attn_uses_sequence_id": True})
         with pytest.raises(ValueError, match=f"cannot separate the documents of a packed row of {LENGTH} tokens"):
-            train(LET(str(tmp_path), stop="1ba", weight=0.1), model=model, max_duration="1ba", fit=False)
+            train(let(teacher=str(tmp_path)), model=model, fit=False)

@@ -5,6 +5,8 @@ import torch
 
 from let_composer.statistics import FeatureStatistics
 
+CPU = torch.device("cpu")
+
 
 def feed(statistics: FeatureStatistics, rows: torch.Tensor, batches: list[int], microbatch: int = 10**9) -> None:
     for batch in rows.split(batches):
@@ -18,7 +20,7 @@ def test_equal_to_the_statistics_of_all_rows(microbatch):
     rows = torch.randn(500, 12) * torch.logspace(-3, 3, 12) + 1000  # means far larger than some deviations
     statistics = FeatureStatistics("standardize")
     feed(statistics, rows, [1, 99, 250, 150], microbatch)
-    mean, std = statistics.mean_and_std()
+    mean, std = statistics.mean_and_std(CPU)
     truth = rows.double()
     assert mean is not None and std is not None
     torch.testing.assert_close(mean.double(), truth.mean(dim=0), rtol=1e-6, atol=0)
@@ -36,7 +38,7 @@ def test_masked_and_non_finite_rows_are_left_out():
     statistics = FeatureStatistics("center")
     statistics.update(statistics.sums(rows, mask))
     mask[0, 0] = False
-    mean, std = statistics.mean_and_std()
+    mean, std = statistics.mean_and_std(CPU)
     assert std is None and mean is not None
     torch.testing.assert_close(mean, rows[mask].mean(dim=0))
 
@@ -46,23 +48,32 @@ def test_nothing_is_kept_without_normalisation():
     sums = statistics.sums(torch.randn(3, 4), torch.ones(3, dtype=torch.bool))
     statistics.update(sums)
     assert sums.numel() == 0
-    assert statistics.mean_and_std() == (None, None)
+    assert statistics.mean_and_std(CPU) == (None, None)
 
 
-def test_no_statistics_before_the_first_batch_and_none_from_an_empty_one():
+def test_batches_without_tokens_change_nothing():
+    rows, none = torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)
     statistics = FeatureStatistics("standardize")
-    assert statistics.mean_and_std() == (None, None)
-    rows = torch.randn(5, 3)
-    statistics.update(statistics.sums(rows, torch.ones(5, dtype=torch.bool)))
-    before = statistics.mean_and_std()
-    statistics.update(statistics.sums(rows, torch.zeros(5, dtype=torch.bool)))
-    torch.testing.assert_close(statistics.mean_and_std(), before, rtol=0, atol=0)
+    assert statistics.mean_and_std(CPU) == (None, None)
+    statistics.update(statistics.sums(rows, none))
+    torch.testing.assert_close(statistics.mean_and_std(CPU), (torch.zeros(3), torch.ones(3)))
+    statistics.update(statistics.sums(rows, ~none))
+    before = statistics.mean_and_std(CPU)
+    statistics.update(statistics.sums(rows, none))
+    torch.testing.assert_close(statistics.mean_and_std(CPU), before, rtol=0, atol=0)
 
 
-def test_an_empty_first_batch_leaves_features_alone():
+def test_they_go_where_the_features_are():
+    """Also anew, as after a reset of the clock in the middle of a guidance."""
     statistics = FeatureStatistics("standardize")
-    statistics.update(statistics.sums(torch.randn(5, 3), torch.zeros(5, dtype=torch.bool)))
-    torch.testing.assert_close(statistics.mean_and_std(), (torch.zeros(3), torch.ones(3)))
+    feed(statistics, torch.randn(100, 6), [30, 70])
+    meta = torch.device("meta")
+    assert {found.device for found in statistics.mean_and_std(meta) if found is not None} == {meta}
+    statistics.update(torch.zeros(13, dtype=torch.float64))  # sums come from the host
+    anew = FeatureStatistics("center")
+    anew.mean_and_std(meta)
+    anew.update(torch.zeros(13, dtype=torch.float64))
+    assert anew.sums(torch.randn(4, 6, device=meta), torch.ones(4, dtype=torch.bool, device=meta)).device == meta
 
 
 def test_state_is_plain_and_exact():
@@ -73,7 +84,7 @@ def test_state_is_plain_and_exact():
     assert all(isinstance(value, float) for row in state["moments"] for value in row)
     restored = FeatureStatistics("standardize")
     restored.load_state_dict(state)
-    torch.testing.assert_close(restored.mean_and_std(), statistics.mean_and_std(), rtol=0, atol=0)
+    torch.testing.assert_close(restored.mean_and_std(CPU), statistics.mean_and_std(CPU), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +102,7 @@ def test_deviations_are_finite_whatever_the_features(rows, batches):
     statistics = FeatureStatistics("standardize")
     for _ in range(batches):
         statistics.update(statistics.sums(rows, torch.ones(len(rows), dtype=torch.bool)))
-    mean, std = statistics.mean_and_std()
+    mean, std = statistics.mean_and_std(CPU)
     assert mean is not None and std is not None
     torch.testing.assert_close(mean, rows.double().mean(dim=0).float())
     assert torch.isfinite(std).all() and (std > 0).all()
@@ -102,6 +113,6 @@ def test_deviations_are_finite_whatever_the_features(rows, batches):
 
 def test_statistics_that_are_not_finite_start_anew(caplog):
     statistics = FeatureStatistics("standardize")
-    statistics.load_state_dict({"normalize": "standardize", "moments": [[3.0], [1.0], [float("nan")]]})
-    assert statistics.mean_and_std() == (None, None)
+    statistics.load_state_dict({"moments": [[3.0], [1.0], [float("nan")]]})
+    assert statistics.mean_and_std(CPU) == (None, None)
     assert "not finite: they start anew" in caplog.text

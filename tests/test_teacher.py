@@ -1,32 +1,27 @@
 """Loading, checking, running and sharding teachers; every family through a real folder or file."""
 
 import copy
-import logging
 
 import numpy as np
 import pytest
 import torch
-from conftest import LENGTH, VOCABULARY, build_student
-from test_student import SMALL
+from conftest import LENGTH, VOCABULARY, Sizes
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5Model,
+)
 
-from let_composer.student import matmul_parameters
-from let_composer.teacher import Teacher, check_vocabulary, needs_mask, read_vocabulary
+from let_composer.masks import needs_mask
+from let_composer.teacher import Teacher
 from let_composer.teacher_checks import fingerprint
-
-
-@pytest.mark.parametrize("family", SMALL)
-def test_hidden_states_are_the_last_normed_ones_without_the_head(family, tmp_path):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL[family])).eval()
-    model.save_pretrained(tmp_path)
-    teacher = Teacher(str(tmp_path))
-    ids = torch.randint(0, 99, (2, 8))
-    expected = model(ids, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(teacher.hidden(ids), expected)
-    assert teacher.parameters == matmul_parameters(model) - model.get_output_embeddings().weight.numel()
-    assert not any("head" in name or "embed_out" in name for name, _ in teacher.body.named_parameters())
+from let_composer.vocabulary import check_vocabulary, read_vocabulary, student_vocabulary
 
 
 def test_it_is_frozen_in_eval_mode_and_passes_no_gradient(teacher_folder):
@@ -51,16 +46,6 @@ def test_a_middle_layer_drops_the_blocks_behind_it(teacher_folder, layer, blocks
 def test_a_layer_out_of_range(teacher_folder, layer):
     with pytest.raises(ValueError, match=f"teacher_layer must be between 1 and 2.*Got {layer}"):
         Teacher(teacher_folder, layer=layer)
-
-
-def test_an_exported_mpt_is_a_teacher(tokenizer, tmp_path):
-    model = build_student(tokenizer).model.eval()
-    model.save_pretrained(tmp_path)
-    teacher = Teacher(str(tmp_path))
-    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
-    expected = model.transformer(ids).last_hidden_state
-    torch.testing.assert_close(teacher.hidden(ids), expected)
-    assert teacher.context == LENGTH
 
 
 def write_gguf(path, model: LlamaForCausalLM, tokens: list[str]) -> None:
@@ -125,6 +110,9 @@ def test_the_fingerprint_is_of_the_body_in_any_type(teacher_folder):
         weight = body.layers[1].mlp.down_proj.weight.data
         weight[-1, -1] = (2 * weight[-1, -1].float()).to(dtype)
         assert fingerprint(body.named_parameters()) != before
+    with Sizes(torch.ops.aten._to_copy.default) as copies:
+        fingerprint([("large", torch.zeros(2**24))])
+    assert copies.found == [2**22] * 4
 
 
 def test_a_teacher_that_does_not_fit(teacher_folder, monkeypatch):
@@ -194,12 +182,22 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         Teacher(str(tmp_path))
 
 
-def test_a_model_that_sees_the_future_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: BertModel(
+            BertConfig(9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        lambda: DistilBertModel(DistilBertConfig(9, dim=16, hidden_dim=16, n_layers=1, n_heads=2)),
+    ],
+)
+def test_a_model_that_sees_the_future_is_refused(tmp_path, model):
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    BertModel(config).save_pretrained(tmp_path)
+    model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not a causal decoder"):
         Teacher(str(tmp_path))
+    with pytest.raises(ValueError, match="lacks .* of the weights|cannot be loaded: Unrecognized configuration class"):
+        Teacher(str(tmp_path), head=True)
 
 
 def test_remote_code_is_refused_unless_asked_for(tmp_path):
@@ -209,34 +207,41 @@ def test_remote_code_is_refused_unless_asked_for(tmp_path):
         Teacher(str(tmp_path))
 
 
-class TestVocabulary:
-    ours = {0: "a", 1: "b", 2: "c"}
+OURS = {0: "a", 1: "b", 2: "c"}
 
-    def test_equal_or_longer_is_fine(self, caplog):
-        check_vocabulary(self.ours, {**self.ours, 3: "d"}, rows=8, name="t")
-        assert not caplog.records
 
-    def test_a_different_token_is_named(self):
-        with pytest.raises(ValueError, match="1 of 3 token ids differ .1 is 'b' here and 'x' there"):
-            check_vocabulary(self.ours, {0: "a", 1: "x", 2: "c"}, rows=3, name="t")
+@pytest.mark.parametrize(
+    ("theirs", "rows", "message"),
+    [
+        ({0: "a", 1: "x", 2: "c"}, 3, "1 of 3 token ids differ .1 is 'b' here and 'x' there"),
+        (None, 2, "embeddings for 2 token ids.*goes up to id 2 .'c'"),
+    ],
+)
+def test_another_vocabulary_is_refused(theirs, rows, message):
+    with pytest.raises(ValueError, match=message):
+        check_vocabulary(OURS, theirs, rows=rows, name="t")
 
-    def test_an_id_outside_the_embedding_is_named(self):
-        with pytest.raises(ValueError, match="embeddings for 2 token ids.*goes up to id 2 .'c'"):
-            check_vocabulary(self.ours, None, rows=2, name="t")
 
-    def test_added_tokens_in_the_padding_rows_warn(self, caplog):
-        check_vocabulary(self.ours, {0: "a", 1: "b"}, rows=4, name="t")
-        assert "never saw 1 of the student's tokens: 'c'" in caplog.text
+@pytest.mark.parametrize(
+    ("theirs", "rows", "message"),
+    [
+        ({**OURS, 3: "d"}, 8, ""),
+        ({0: "a", 1: "b"}, 4, "never saw 1 of the student's tokens: 'c'"),  # added, in the padding rows
+        (None, 4, "comes without a tokenizer"),
+    ],
+)
+def test_what_is_not_known_of_a_vocabulary_is_told(theirs, rows, message, caplog):
+    check_vocabulary(OURS, theirs, rows=rows, name="t")
+    assert message in caplog.text and bool(message) == bool(caplog.records)
 
-    def test_an_unknown_vocabulary_warns(self, caplog):
-        with caplog.at_level(logging.WARNING):
-            check_vocabulary(self.ours, None, rows=4, name="t")
-        assert "comes without a tokenizer" in caplog.text
 
-    def test_it_is_read_from_the_folder(self, teacher_folder, tokenizer, tmp_path):
-        assert read_vocabulary(teacher_folder) == {i: t for t, i in tokenizer.get_vocab().items()}
-        LlamaConfig().save_pretrained(tmp_path)
-        assert read_vocabulary(str(tmp_path)) is None
+def test_vocabularies_are_read_where_there_are_tokenizers(teacher_folder, tokenizer, student, tmp_path, caplog):
+    expected = {i: t for t, i in tokenizer.get_vocab().items()}
+    assert read_vocabulary(teacher_folder) == student_vocabulary(student) == expected
+    LlamaConfig().save_pretrained(tmp_path)
+    assert read_vocabulary(str(tmp_path)) is None
+    assert student_vocabulary(student.model) == {}
+    assert "the student's model has no tokenizer" in caplog.text
 
 
 def test_padding_behind_the_tokens_needs_no_mask(teacher_folder):
