@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from texts import english, jsonl, plan
+from texts import english, jsonl, plan, run
 
-from let_composer.data import DataError, tokens
-from let_composer.data.sources import Piece
+from let_composer.data import DataError
 
 MEMORY = """
 import resource, sys
@@ -41,8 +40,7 @@ def test_memory_is_bounded(tmp_path: Path, bpe: str) -> None:
     assert long < 100 * 10 * len(text)
 
 
-def test_a_document_that_is_too_long_is_said(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "LONGEST", 1000)
-    tokens.start_worker(plan(tmp_path, bpe), Path(bpe, "tokenizer.json").read_text(), 0, "uint16")
-    with pytest.raises(DataError, match="x, line 2: too long: expected at most 1000 bytes a document, got 1001: split"):
-        tokens.tokenize(Piece("x", 1, jsonl(["a" * 1000, "a" * 1001]), 0, None))
+def test_a_document_that_is_too_long_is_said(tmp_path: Path, bpe: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a short one", "a" * ((64 << 20) + 1)]))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes .*: split it"):
+        run(plan(tmp_path / "a.jsonl", bpe), tmp_path / "out", workers=1)

@@ -116,7 +116,8 @@ def clean(folder: Path) -> None:
     """Remove what the work made, and the folder if nothing else is in it; it is locked."""
     for name in ("out", "shard") if (folder / "state.npz").exists() else ():
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "state.npz").unlink(missing_ok=True)
+    for name in ("streams.yaml", "state.npz"):
+        (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
