@@ -14,6 +14,7 @@ from composer.loggers import InMemoryLogger
 from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
 from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
+from texts import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -36,6 +37,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<pad>", model_max_length=10**6
     )
+
+
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a byte-level BPE of 700 tokens, as ``let-composer prepare`` takes it."""
+    return make_tokenizer(tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(scope="session")

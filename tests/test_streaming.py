@@ -5,13 +5,10 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,70 +16,38 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
-from test_convert import EOS, LENGTH, english, jsonl, make_tokenizer, plan, run, samples, shards
+from moto.server import ThreadedMotoServer
+from texts import EOS, LENGTH, english, jsonl, leaves_open, plan, run, samples, shards
 from transformers import AutoTokenizer
 
 from let_composer.data import DataError
-from let_composer.data.convert import convert
 from let_composer.data.manifest import check_manifest, read_manifest
 from let_composer.data.plan import Plan
 from let_composer.data.verify import verify
 
-pytestmark = pytest.mark.filterwarnings(
-    # streaming and boto3 leave sockets and shared memory to the interpreter's exit.
-    "ignore::ResourceWarning",
-)
+pytestmark = leaves_open
 NAMES = ["Pile-CC", "Github"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start an S3-compatible server in a process of its own and make a bucket."""
-    beside = str(Path(sys.executable).parent)
-    server = shutil.which("moto_server", path=os.pathsep.join([beside, os.environ["PATH"]]))
-    if server is None:
-        pytest.skip("needs moto_server: pip install 'moto[server]'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    log = (tmp_path_factory.mktemp("server") / "log").open("w")
-    process = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
-    settings = {
-        "S3_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """A bucket of a server that speaks S3, in a thread."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    settings = dict.fromkeys(("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"), url)
+    settings |= dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+    settings |= {"AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    urllib.request.urlopen(urllib.request.Request(f"{url}/pile", method="PUT"), timeout=5).close()
-                    break
-                except OSError:
-                    assert process.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
-                    time.sleep(0.2)
-            yield "pile"
-        finally:
-            process.kill()
-            process.wait()
-            log.close()
+        boto3.client("s3").create_bucket(Bucket="pile")
+        yield "pile"
+    server.stop()
 
 
 def listing(bucket: str, prefix: str) -> dict[str, Any]:
-    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-    pages = client.list_objects_v2(Bucket=bucket, Prefix=prefix)
+    pages = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix)
     return {entry["Key"].removeprefix(prefix): entry for entry in pages.get("Contents", [])}
 
 
@@ -94,8 +59,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(source: Path, tokenizer: str) -> Plan:
-    return plan(source, tokenizer, validation=0.1, by_subset=True, shard_bytes=4_000)
+def made(source: Path, bpe: str) -> Plan:
+    return plan(source, bpe, validation=0.1, by_subset=True, shard_bytes=4_000)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +73,12 @@ def local(tmp_path_factory: pytest.TempPathFactory, made: Plan) -> Path:
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory, made: Plan, bucket: str) -> str:
     work = tmp_path_factory.mktemp("work")
-    convert(made, f"s3://{bucket}/shards/", workers=2, work=str(work), progress=False)
+    run(made, f"s3://{bucket}/shards/", work=str(work))
     assert not list(work.iterdir())
     return f"s3://{bucket}/shards"
 
 
-def test_upload_and_read_back(
-    tmp_path: Path, tokenizer: str, bucket: str, remote: str, local: Path, made: Plan
-) -> None:
+def test_upload_and_read_back(tmp_path: Path, bpe: str, bucket: str, remote: str, local: Path, made: Plan) -> None:
     found = listing(bucket, "shards/")
     assert set(found) == {*shards(local), "streams.yaml"}
     for name, content in shards(local).items():
@@ -125,9 +88,9 @@ def test_upload_and_read_back(
         parts = [v["LastModified"] for k, v in found.items() if k.startswith(folder) and "shard." in k]
         assert max(parts) <= found[f"{folder}/index.json"]["LastModified"] <= found["manifest.json"]["LastModified"]
     manifest = json.loads((local / "manifest.json").read_text())
-    assert convert(made, remote, workers=2, progress=False) == manifest
+    assert run(made, remote) == manifest
     assert sum(verify(remote, 0).values()) == sum(verify(str(local), 0).values()) > 20_000
-    hf = AutoTokenizer.from_pretrained(tokenizer)
+    hf = AutoTokenizer.from_pretrained(bpe)
     for written in (f"{remote}/pile-cc/train", f"{remote}//pile-cc//train/"):
         found, why_not = read_manifest(written)
         assert found and found["sequence_length"] == LENGTH, why_not
@@ -140,45 +103,44 @@ def test_upload_and_read_back(
         with pytest.raises(ValueError, match="other shards") if name != "github" else contextlib.nullcontext():
             check_manifest(found or {}, f"{remote}/{name}/train", hf, LENGTH, str(cache))
     with pytest.raises(DataError, match="holds shards made otherwise"):
-        convert(dataclasses.replace(made, validation=0.2), remote, workers=1, progress=False)
+        run(dataclasses.replace(made, validation=0.2), remote)
 
 
 UPLOAD = """
 import sys
-from let_composer.data.convert import convert
-from let_composer.data.plan import Plan
+sys.path.insert(0, sys.argv.pop())
+from texts import plan, run
 source, tokenizer, out, work = sys.argv[1:]
-plan = Plan((source,), tokenizer, 64, 0.1, by_subset=True, piece_bytes=40_000, shard_bytes=4_000)
-convert(plan, out, workers=2, work=work, progress=False)
+run(plan(source, tokenizer, validation=0.1, by_subset=True, shard_bytes=4_000), out, work=work)
 """
 
 
 @pytest.mark.slow
 def test_interrupted_uploads(
-    tmp_path: Path, source: Path, tokenizer: str, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, bpe: str, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at a random object (``LET_KILLS=30`` for as many), and with a store that goes away before the end."""
-    remote, work = f"s3://{bucket}/cut", str(tmp_path / "work")
+    """Killed at a random object (``LET_KILLS=30`` for as many), then a store that is away, then called again."""
+    work, here, client = str(tmp_path / "work"), str(Path(__file__).parent), boto3.client("s3")
     chooser = random.Random(5)
-    for _ in range(int(os.environ.get("LET_KILLS", "1"))):
-        command = [sys.executable, "-c", UPLOAD, str(source), tokenizer, remote, work]
-        process = subprocess.Popen(command)
-        moment = chooser.randrange(len(shards(local)))
-        while process.poll() is None and len(listing(bucket, "cut/")) < moment:
+    for kill in range(int(os.environ.get("LET_KILLS", "1"))):
+        folder, moment = f"cut-{kill}", chooser.randrange(len(shards(local)))
+        remote = f"s3://{bucket}/{folder}"
+        process = subprocess.Popen([sys.executable, "-c", UPLOAD, str(source), bpe, remote, work, here])
+        while process.poll() is None and len(listing(bucket, f"{folder}/")) < moment:
             time.sleep(0.01)
         process.kill()
         process.wait()
-        sent = listing(bucket, "cut/").keys()
+        sent = listing(bucket, f"{folder}/").keys()
         assert "manifest.json" not in sent or shards(local).keys() <= sent  # it is there when all else is
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="Cannot upload to .*call again"):
-        patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        convert(made, remote, workers=2, work=work, progress=False)
-    convert(made, remote, workers=2, work=work, progress=False)
-    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-    found = {key: client.get_object(Bucket=bucket, Key=f"cut/{key}")["Body"].read() for key in listing(bucket, "cut/")}
-    del found["streams.yaml"]
-    assert found == shards(local) and not list((tmp_path / "work").glob("*.partial"))
+        if kill == 0:
+            with monkeypatch.context() as patch, pytest.raises(DataError, match="Cannot upload to .*call again"):
+                patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
+                patch.setenv("AWS_MAX_ATTEMPTS", "1")
+                run(made, remote, work=work)
+        run(made, remote, work=work)
+        names = listing(bucket, f"{folder}/").keys() - {"streams.yaml"}
+        found = {name: client.get_object(Bucket=bucket, Key=f"{folder}/{name}")["Body"].read() for name in names}
+        assert found == shards(local) and not list(Path(work).glob("*.partial")), moment
 
 
 TRAIN = """
@@ -255,7 +217,7 @@ loggers: {{inmemory: {{}}}}
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, bucket: str, remote: str) -> None:
+def test_killed_run_resumes_from_the_server(tmp_path: Path, bpe: str, bucket: str, remote: str) -> None:
     """LET on two streams from the server, killed between checkpoints, ends bit for bit as a run that was not."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -263,8 +225,8 @@ def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, buck
     torch.manual_seed(1)
     size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=700, **size)).save_pretrained(tmp_path / "teacher")
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "teacher")
-    settings = {"tokenizer": tokenizer, "remote": remote, "teacher": tmp_path / "teacher", "folder": tmp_path}
+    AutoTokenizer.from_pretrained(bpe).save_pretrained(tmp_path / "teacher")
+    settings = {"tokenizer": bpe, "remote": remote, "teacher": tmp_path / "teacher", "folder": tmp_path}
     (tmp_path / "run.yaml").write_text(YAML.format(**settings))
     done = subprocess.run([sys.executable, "-c", TRAIN, str(tmp_path)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -282,7 +244,7 @@ def test_killed_run_resumes_from_the_server(tmp_path: Path, tokenizer: str, buck
     )
 
 
-def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> None:
+def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, bpe: str) -> None:
     """The stream is token for token the one of llm-foundry's own converter, and its loader reads ours."""
     import datasets
     from llmfoundry.data import ConcatTokensDataset
@@ -291,8 +253,8 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, tokenizer: str) -> No
 
     texts = english(150_000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
-    run(plan(tmp_path / "a.jsonl", tokenizer, piece_bytes=1 << 20), tmp_path / "out")
-    hf = AutoTokenizer.from_pretrained(tokenizer)
+    run(plan(tmp_path / "a.jsonl", bpe, shuffle_seed=None), tmp_path / "out")
+    hf = AutoTokenizer.from_pretrained(bpe)
     theirs: Any = ConcatTokensDataset(
         hf_dataset=datasets.Dataset.from_dict({"text": texts}),
         tokenizer=hf,

@@ -7,29 +7,22 @@ from typing import Any
 import pytest
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
-from test_convert import english, jsonl, make_tokenizer, plan, run
+from texts import english, jsonl, leaves_open, plan, run
 
 from let_composer.cli import main
 from let_composer.data import DataError
-from let_composer.data.convert import convert
 from let_composer.data.streams import PILE_WEIGHTS, streams_block
 
-# streaming opens files and shared memory and leaves closing them to the interpreter's exit.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = leaves_open
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_streams_block_is_what_streaming_samples(tmp_path: Path, tokenizer: str) -> None:
+def test_streams_block_is_what_streaming_samples(tmp_path: Path, bpe: str) -> None:
     from omegaconf import OmegaConf
     from streaming import Stream
 
     names = ["Pile-CC", "ArXiv"]
     (tmp_path / "a.jsonl").write_bytes(jsonl(english(), lambda i: names[i % 10 == 0]))
-    manifest = run(plan(tmp_path / "a.jsonl", tokenizer, by_subset=True), tmp_path / "out")
+    manifest = run(plan(tmp_path / "a.jsonl", bpe, by_subset=True), tmp_path / "out")
     block: Any = OmegaConf.to_container(OmegaConf.load(tmp_path / "out" / "streams.yaml"))
     trains = [manifest["streams"][name]["splits"]["train"] for name in names]
     # The Pile's weights are of bytes: so many tokens as make up that share of them.
@@ -49,30 +42,31 @@ def test_streams_block_is_what_streaming_samples(tmp_path: Path, tokenizer: str)
     assert sum(PILE_WEIGHTS.values()) == pytest.approx(100)
 
 
-def test_proportions_reach_the_file_or_stop_the_work(tmp_path: Path, tokenizer: str) -> None:
+def test_proportions_reach_the_file_or_stop_the_work(tmp_path: Path, bpe: str, capsys: Any) -> None:
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
-    source.write_bytes(jsonl(english(), lambda i: ["Pile-CC", "ArXiv", "Github"][i % 3]))
-    made = plan(source, tokenizer, by_subset=True)
-    convert(made, str(out), workers=1, proportions={"Pile-CC": 98, "ArXiv": 1, "Github": 1}, progress=False)
+    source.write_bytes(jsonl(english(100_000), lambda i: ["Pile-CC", "ArXiv", "Github"][i % 3]))
+    made = plan(source, bpe, by_subset=True)
+    run(made, out, proportions={"Pile-CC": 98, "ArXiv": 1, "Github": 1})
     assert "proportion: 0.98\n" in (out / "streams.yaml").read_text()
-    convert(made, str(out), proportions={"Pile-CC": 50, "ArXiv": 25, "Github": 25}, progress=False)
+    run(made, out, proportions={"Pile-CC": 50, "ArXiv": 25, "Github": 25})
     assert "proportion: 0.5\n" in (out / "streams.yaml").read_text()
-    for proportions, message in (
-        ({"Pile-CC": 1, "ArXiv": 1}, "No proportion for Github"),
-        ({"Pile-CC": 1, "ArXiv": 0}, "above 0 and finite, got ArXiv=0"),
-        ({"Pile-CC": 1, "ArXiv": 1, "Github": 1, "Books": 1}, "No subset Books in the input, which holds"),
-    ):
-        with pytest.raises(DataError, match=message):
-            convert(made, str(tmp_path / "new"), workers=1, proportions=proportions, progress=False)
+    with pytest.raises(DataError, match="No proportion for Github"):
+        run(made, tmp_path / "new", proportions={"Pile-CC": 1, "ArXiv": 1})
     assert not (tmp_path / "new").exists()
+    with pytest.raises(DataError, match="No subset Books in the input, which holds"):
+        run(made, out, proportions={"Pile-CC": 1, "ArXiv": 1, "Github": 1, "Books": 1})
     with pytest.raises(DataError, match="add --by-subset"):
-        convert(plan(source, tokenizer), str(out), proportions={"Pile-CC": 1}, progress=False)
+        run(plan(source, bpe), out, proportions={"Pile-CC": 1})
+    for wrong in ("ArXiv=0", "ArXiv=inf", "ArXiv"):
+        with pytest.raises(SystemExit):
+            main(["prepare", str(source), "--out", "x", "--tokenizer", bpe, "--proportions", wrong])
+        assert f"with a weight above 0, such as 'Pile-CC=0.5', got '{wrong}'" in capsys.readouterr().err
 
 
-def test_documents_without_a_subset_are_counted(tmp_path: Path, tokenizer: str, capsys: Any) -> None:
+def test_documents_without_a_subset_are_counted(tmp_path: Path, bpe: str, capsys: Any) -> None:
     rows = [{"text": text, "meta": ["Pile-CC"] if i % 2 else "Pile-CC"} for i, text in enumerate(english(60_000))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", tokenizer]
+    arguments = ["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", bpe]
     assert main([*arguments, "--by-subset", "--sequence-length", "64", "--quiet"]) == 0
     said = capsys.readouterr().err
     assert f"unlabelled train: {len(rows)} documents" in said and "have no name under meta.pile_set_name" in said

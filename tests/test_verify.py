@@ -5,25 +5,19 @@ from pathlib import Path
 
 import pytest
 from streaming import StreamingDataset
-from test_convert import LENGTH, jsonl, make_tokenizer, plan, run
+from texts import LENGTH, jsonl, leaves_open, plan, run
 
 from let_composer.data import DataError
 from let_composer.data.verify import verify
 
-# streaming opens files and shared memory and leaves closing them to the interpreter's exit.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = leaves_open
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_verify(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify(tmp_path: Path, bpe: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = "A sentence that the screen will show. "
     (tmp_path / "a.jsonl").write_bytes(jsonl([text * 40] * 30))
     out = tmp_path / "out"
-    manifest = run(plan(tmp_path / "a.jsonl", tokenizer), out)
+    manifest = run(plan(tmp_path / "a.jsonl", bpe), out)
     loader = StreamingDataset(local=str(out / "train"), batch_size=1)
     assert verify(str(out)) == {f"{out}/train": manifest["streams"][""]["splits"]["train"]["tokens"]}
     assert text in capsys.readouterr().out

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DataError", "describe", "replacing", "write_json"]
+__all__ = ["DataError", "replacing", "write_json"]
 
 
 class DataError(ValueError):
@@ -29,8 +29,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write a file that is whole or not there."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def describe(problem: dict[str, Any]) -> str:
-    """Say in a line what could not be read, and where."""
-    return f"{problem['path']}, line {problem['line']}: {problem['kind']}: {problem['message']}"

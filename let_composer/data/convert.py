@@ -1,29 +1,31 @@
 """The whole conversion: what was asked for, what is there already, the workers, and how it is finished."""
 
-import contextlib
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import tempfile
-from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import time
+from collections import Counter, deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError, describe, replacing, shards, write_json
+from let_composer.data import DataError, replacing, write_json
 from let_composer.data.manifest import MANIFEST, join
-from let_composer.data.plan import Plan, claim, clean, finished, locked, wanted, work_folder
-from let_composer.data.shards import SPLITS, Job, stream_folder, upload
-from let_composer.data.sources import Source, list_sources, read_pieces
+from let_composer.data.plan import Plan, clean, finished, locked, recipe, work_folder
+from let_composer.data.shards import Shards, stream_folder, upload
+from let_composer.data.sources import list_sources, read_pieces
 from let_composer.data.streams import check_proportions, streams_block
-from let_composer.data.tokens import PROBLEMS_KEPT
+from let_composer.data.tokens import PROBLEMS_KEPT, SPLITS, start_worker, tokenize
 
 __all__ = ["convert"]
+
+VERSIONS = ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")
 
 
 def convert(
@@ -39,7 +41,7 @@ def convert(
     Args:
         plan: What to convert, and how.
         out: Folder to make (it appears when all is done), or a remote folder (``s3://`` and the others that streaming
-            uploads to; its ``manifest.json`` is uploaded last).
+            uploads to; its ``manifest.json`` is uploaded when all else is there).
         workers: Processes. The bytes written do not depend on it. Default: one for each core.
         work: Folder in which to make the folder of unfinished work. Default: the one in which ``out`` is, or the
             current one when ``out`` is remote.
@@ -55,142 +57,123 @@ def convert(
     """
     if workers is not None and workers < 1:
         raise DataError(f"workers must be at least 1, got {workers}.")
-    check_proportions(proportions, set(), complete=False)
     if proportions and not plan.by_subset:
         raise DataError("Proportions are of subsets: add --by-subset.")
     sources, left_out = list_sources(plan.inputs)
-    manifest, serialized = wanted(plan, sources)
+    wanted, serialized = recipe(plan, sources)
     remote = join(out) if "://" in out else None
     folder = work_folder(out, work)
-    done = finished(out, manifest)
-    if done is None or folder.exists():
-        with locked(folder):
-            done = finished(out, manifest)
-            if done is None:
-                claim(folder, manifest | {"remote": remote})
-                job = Job(plan, serialized, manifest["tokenizer"]["eos_id"], manifest["dtype"], folder, remote)
-                if remote:
-                    upload(folder, remote, [])  # is it there, and may we write?
-                records = _convert_pieces(job, sources, workers, proportions, progress)
-                done = manifest | {"left_out": left_out}
-                _finish(job, done, records, out, proportions)
-            clean(folder)
-    if proportions:
-        with tempfile.TemporaryDirectory() if remote else contextlib.nullcontext(out) as root:
-            _write_streams(Path(root), done, out, proportions)
+    manifest = finished(out, wanted, plan.on_error)
+    if manifest and not proportions and not folder.exists():
+        return manifest
+    with locked(folder):
+        manifest = finished(out, wanted, plan.on_error)
+        if manifest is None:
             if remote:
-                upload(Path(root), remote, ["streams.yaml"])
-    return done
+                upload(folder, remote, [])  # is it there, and may we write?
+            shards = Shards(plan, wanted, folder, remote)
+            worker = plan, serialized, wanted["tokenizer"]["eos_id"], wanted["dtype"]
+            _convert_pieces(shards, sources, worker, workers or len(os.sched_getaffinity(0)), proportions, progress)
+            manifest = wanted | {"versions": {package: version(package) for package in VERSIONS}, "left_out": left_out}
+            _finish(shards, manifest, plan.shuffle_seed)
+            if not remote:
+                _move(shards.out, Path(os.path.realpath(out)))
+        root = folder if remote else Path(out)
+        with replacing(root / "streams.yaml") as partial:
+            partial.write_text(streams_block(manifest, out, proportions))
+        if remote:
+            upload(root, remote, ["streams.yaml"])
+        clean(folder)
+    return manifest
 
 
 def _convert_pieces(
-    job: Job, sources: list[Source], workers: int | None, proportions: dict[str, float] | None, progress: bool
-) -> dict[str, Any]:
-    """Have all pieces written that are not yet, and return their records in the order of the input."""
+    shards: Shards, sources: dict[str, Any], worker: tuple[Any, ...], workers: int, proportions: Any, progress: bool
+) -> None:
+    """Have all pieces tokenized that are not yet, and take their tokens in the order of the input."""
     from tqdm import tqdm
 
-    workers = workers or len(os.sched_getaffinity(0))
+    plan, state = worker[0], shards.state
+    if state["problems"] and plan.on_error == "stop":  # of a call that skipped
+        raise DataError(state["problems"][0])
     # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["let_composer.data.shards", "streaming"])
-    plan, records = job.plan, {}
-    pending: set[Future[set[str]]] = set()
+    context.set_forkserver_preload(["let_composer.data.tokens"])
+    pending: deque[tuple[list[int], Future[Any]]] = deque()
 
     def collect(most: int) -> None:
         while len(pending) > most:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                pending.remove(future)
-                check_proportions(proportions, future.result(), complete=False)
+            place, future = pending.popleft()
+            try:
+                found, problems, counts = future.result()
+            except DataError:
+                shards.save()
+                raise
+            check_proportions(proportions, {stream.rpartition("/")[0] for stream in found})
+            for stream, documents in found.items():
+                shards.add(stream, *documents)
+            # A damaged file first: it is the most that is lost.
+            state["problems"] = sorted(state["problems"] + problems, key=lambda p: " file: " not in p)[:PROBLEMS_KEPT]
+            state["counts"] = Counter(state["counts"]) + counts
+            state["done"] = place
+            if time.monotonic() - shards.saved > 20 * shards.took:
+                shards.save()
 
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=shards.start_worker, initargs=(job, dict(os.environ))
-    )
-    bar = tqdm(total=sum(s.size or 0 for s in sources) or None, unit="B", unit_scale=True, disable=not progress)
+    sizes = [about["bytes"] for about in sources.values()]
+    pool = ProcessPoolExecutor(workers, context, start_worker, worker)
+    bar = tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, disable=not progress)
     try:
         for number, source in enumerate(sources):
-            read_before, cut = bar.n, job.record(f"{number:05}")
-            # It lists all pieces of the source; some may still have been with a worker.
-            names = json.loads(cut.read_text()) if cut.exists() else []
-            if not cut.exists() or not all(job.record(name).exists() for name in names):
-                names = []
-                for piece in read_pieces(source, number, plan.piece_bytes, plan.text_key):
-                    names.append(piece.name)
-                    if not job.record(piece.name).exists():
-                        collect(2 * workers - 1)
-                        pending.add(pool.submit(shards.write_piece, piece))
-                    bar.update(read_before + piece.position - bar.n)
-                write_json(cut, names)
-            bar.update(read_before + (source.size or 0) - bar.n)
-            records |= dict.fromkeys(names)
+            if number < state["done"][0]:
+                continue
+            for count, piece in enumerate(read_pieces(source, plan.piece_bytes, plan.text_key)):
+                if [number, count] > state["done"]:
+                    pending.append(([number, count], pool.submit(tokenize, piece)))
+                    collect(2 * workers)
+                bar.update(sum(sizes[:number]) + piece.position - bar.n)
         collect(0)
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    for name in records:
-        records[name] = record = json.loads(job.record(name).read_text())
-        if record["problems"] and plan.on_error == "stop":  # written by a call that skipped
-            raise DataError(describe(record["problems"][0]))
-    return records
 
 
-def _finish(
-    job: Job, manifest: dict[str, Any], records: dict[str, Any], out: str, proportions: dict[str, float] | None
-) -> None:
-    """Complete ``manifest``, write what is left, and let ``out`` appear."""
-    length, problems, counts = job.plan.sequence_length, [], Counter()
-    for record in records.values():
-        counts.update(record["problem_counts"])
-        problems += record["problems"]
-    problems.sort(key=lambda problem: not problem["kind"].endswith("file"))  # a damaged file is the most that is lost
-    manifest["problems"] = {"counts": dict(sorted(counts.items())), "first": problems[:PROBLEMS_KEPT]}
-    manifest["streams"], indexes, root = {}, {}, job.work / "out"
-    order = list(records)
-    if job.plan.shuffle_seed is not None:
-        order = np.random.default_rng(job.plan.shuffle_seed).permutation(order).tolist()
-    for subset in sorted({key.rpartition("/")[0] for record in records.values() for key in record["streams"]}):
-        about = manifest["streams"][subset] = {"folder": stream_folder(f"{subset}/").rstrip("/"), "splits": {}}
-        for split in SPLITS:
-            stream, folder = f"{subset}/{split}", stream_folder(f"{subset}/{split}")
-            pieces = [piece for piece in order if stream in records[piece]["streams"]]
-            parts = [records[piece]["streams"][stream] for piece in pieces]
-            total = {name: sum(part[name] for part in parts) for name in ("documents", "bytes", "tokens")}
-            written = [shard for part in parts for shard in part["shards"]]
-            samples, left_over = divmod(total["tokens"], length)
-            if sum(shard["samples"] for shard in written) < samples:
-                written += shards.write_shards(job, f"{folder}/rest", shards.leftovers(job, stream, sorted(pieces)))
-            if samples:
-                indexes[folder] = json.dumps({"version": 2, "shards": written}, sort_keys=True)
-            kept = {"tokens": samples * length, "samples": samples, "tokens_left_over": left_over}
-            about["splits"][split] = total | kept
+def _finish(shards: Shards, manifest: dict[str, Any], shuffle_seed: int | None) -> None:
+    """Complete ``manifest``, and write all that is not there yet."""
+    state, indexes = shards.state, {}
+    manifest["problems"] = {"counts": dict(sorted(state["counts"].items())), "first": state["problems"]}
+    manifest["streams"] = {}
+    for subset in sorted({stream.rpartition("/")[0] for stream in state["streams"]}):
+        folder = stream_folder(f"{subset}/").rstrip("/")
+        splits = {split: shards.finish(f"{subset}/{split}") for split in SPLITS}
+        manifest["streams"][subset] = {"folder": folder, "splits": {split: n for split, (n, _) in splits.items()}}
+        for split, (_, written) in splits.items():
+            if shuffle_seed is not None:
+                written = [written[i] for i in np.random.default_rng(shuffle_seed).permutation(len(written))]
+            if written:
+                indexes[join(folder, split)] = json.dumps({"version": 2, "shards": written}, sort_keys=True)
     trains = [about["splits"]["train"] for about in manifest["streams"].values()]
     if not any(train["samples"] for train in trains):
         raise DataError(
             f"The input holds {sum(train['tokens_left_over'] for train in trains)} tokens for training, less than one "
-            f"sequence of {length}. Give more text or a smaller --sequence-length."
+            f"sequence of {shards.length}. Give more text or a smaller --sequence-length."
         )
-    _write_streams(root, manifest, out, proportions)
     for folder, index in indexes.items():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        with replacing(root / folder / "index.json") as partial:
-            partial.write_text(index)
-        write_json(root / folder / MANIFEST, manifest | {"index_sha256": hashlib.sha256(index.encode()).hexdigest()})
-    write_json(root / MANIFEST, manifest)
-    if job.remote:
+        (shards.out / folder).mkdir(parents=True, exist_ok=True)
+        (shards.out / folder / "index.json").write_text(index)
+        write_json(shards.out / folder / MANIFEST, manifest | {"index_sha256": sha256(index.encode()).hexdigest()})
+    write_json(shards.out / MANIFEST, manifest)
+    if shards.remote:
         # An index after its manifest, and last what says that all is there: a reader finds the whole or nothing.
         files = [f"{folder}/{name}" for folder in indexes for name in (MANIFEST, "index.json")]
-        upload(root, job.remote, [*files, "streams.yaml", MANIFEST])
-        return
-    target = Path(os.path.realpath(out))
+        upload(shards.out, shards.remote, [*files, MANIFEST])
+
+
+def _move(folder: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        root.rename(target)
+        folder.rename(target)
     except OSError as error:
-        if error.errno != errno.EXDEV:
+        if error.errno != errno.EXDEV:  # another disk
             raise
         with replacing(target) as partial:
-            shutil.copytree(root, partial)
-
-
-def _write_streams(root: Path, manifest: dict[str, Any], out: str, proportions: dict[str, float] | None) -> None:
-    with replacing(root / "streams.yaml") as partial:
-        partial.write_text(streams_block(manifest, out, proportions))
+            shutil.copytree(folder, partial)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import operator
 import re
 import tempfile
 from collections.abc import Iterator
@@ -24,15 +25,7 @@ def join(*parts: str | None) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
-    """Hash what every id means, so that two tokenizers can be compared by one string.
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-        below: Leaves out ids from here on. Default: none.
-
-    Returns:
-        ``sha256:`` and 64 hex digits; equal for equal id-to-token tables, whatever the tokenizer's class or name.
-    """
+    """Hash what every id means (below an id, if given): equal for equal tables, whatever the tokenizer's name."""
     table = sorted((i, token) for token, i in tokenizer.get_vocab().items() if below is None or i < below)
     return "sha256:" + hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
@@ -49,9 +42,8 @@ def read_manifest(folder: str) -> tuple[dict[str, Any] | None, str]:
                 manifest = json.loads(Path(local, MANIFEST).read_text())
         else:
             manifest = json.loads(Path(file).read_text())
-        if {"fingerprint", "name", "vocabulary_size"} <= set(manifest["tokenizer"]) and manifest["sequence_length"]:
-            return manifest, ""
-        return None, f"its {MANIFEST} is not one of let-composer prepare"
+        operator.itemgetter("fingerprint", "name", "vocabulary_size")(manifest["tokenizer"])
+        return manifest, ""
     except FileNotFoundError:
         return None, f"there is no {MANIFEST}"
     # Each store has its own exception for "no such file", and a file can hold anything.
@@ -62,19 +54,7 @@ def read_manifest(folder: str) -> tuple[dict[str, Any] | None, str]:
 def check_manifest(
     manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: int, cached: str | None = None
 ) -> None:
-    """Refuse shards that were made for another tokenizer or sequence length, and a cache of other shards.
-
-    Args:
-        manifest: What ``read_manifest`` found.
-        folder: The split's folder, where it was found.
-        tokenizer: The run's Hugging Face tokenizer.
-        max_seq_len: The run's sequence length, in tokens.
-        cached: The folder that streaming keeps this split's shards in. Default: none, they are read where they are.
-
-    Raises:
-        ValueError: The manifest names another tokenizer or length, or the index in ``cached`` is not the one of
-            ``folder``; the message has both values.
-    """
+    """Refuse shards made for another tokenizer or length, and the index of other shards in the folder ``cached``."""
     if (got := manifest["sequence_length"]) != max_seq_len:
         raise DataError(
             f"The shards in {folder} hold sequences of {got} tokens, but max_seq_len is {max_seq_len}. Set max_seq_len "
@@ -111,7 +91,7 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
         The config as it came.
 
     Raises:
-        ValueError: What ``check_manifest`` raises.
+        ValueError: Shards made for another tokenizer or sequence length, or streaming's cache holds other shards.
     """
     tokenizer = None
     for folder, cached, max_seq_len in _shards(config) if config.get("tokenizer") else ():

@@ -9,11 +9,13 @@ and call it again: it continues, and the shards are byte for byte the same, with
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
+import math
 import sys
 import time
-from typing import Any
 
-from let_composer.data import describe
 from let_composer.data.convert import convert
 from let_composer.data.plan import Plan
 from let_composer.data.streams import streams_block
@@ -36,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proportions", nargs="+", type=_proportion, metavar="SUBSET=WEIGHT", help=weights)
     add("--eos", help="token that ends each document (the tokenizer's own)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="at unreadable input (%(default)s)")
-    add("--no-shuffle", action="store_true", help="keep the pieces in the order of the input")
-    add("--seed", type=int, default=17, help="of the order of pieces (%(default)s)")
+    order = {"dest": "shuffle_seed", "default": 17}
+    add("--no-shuffle", action="store_const", const=None, help="keep the shards in the order of the input", **order)
+    add("--seed", type=int, metavar="N", help="of the order of shards (%(default)s)", **order)
     add("--text-key", default="text", help="field or column with the text (%(default)s)")
     add("--workers", type=int, help="processes (one for each core)")
     add("--work", help="folder in which to keep unfinished work (beside OUT, as OUT.partial)")
@@ -47,34 +50,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _proportion(entry: str) -> tuple[str, float]:
     name, _, weight = entry.rpartition("=")
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected SUBSET=WEIGHT, such as 'Pile-CC=0.5', got {entry!r}") from None
+    with contextlib.suppress(ValueError):
+        if 0 < float(weight) < math.inf:
+            return name, float(weight)
+    expected = "expected SUBSET=WEIGHT with a weight above 0, such as 'Pile-CC=0.5'"
+    raise argparse.ArgumentTypeError(f"{expected}, got {entry!r}. Leave out what is not wanted.")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    names = ("tokenizer", "sequence_length", "validation", "by_subset", "eos", "on_error", "text_key")
-    values: dict[str, Any] = {name: getattr(args, name) for name in names}
-    plan = Plan(tuple(args.inputs), **values, shuffle_seed=None if args.no_shuffle else args.seed)
+    say = functools.partial(print, file=sys.stderr)
+    plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan) if field.name in args})
     proportions, started = dict(args.proportions or ()) or None, time.monotonic()
     manifest = convert(plan, args.out, args.workers, args.work, proportions, progress=not args.quiet)
-    lines = []
     for name, about in manifest["streams"].items():
         for split, n in about["splits"].items():
-            numbers = f"{n['documents']:,} documents, {n['samples']:,} samples, {n['tokens']:,} tokens"
-            lines.append(f"{name or 'all'} {split}: {numbers}")
+            say(f"{name or 'all'} {split}:", *(f"{n[what]:,} {what}" for what in ("documents", "samples", "tokens")))
     if UNLABELLED in manifest["streams"]:
-        lines.append("The unlabelled have no name under meta.pile_set_name or pile_set_name.")
-    for what, all_of_it in (("not read", manifest["left_out"]), ("skipped", manifest["problems"]["first"])):
-        lines += [f"{what}: {line if isinstance(line, str) else describe(line)}" for line in all_of_it[:20]]
-    if manifest["left_out"]:
-        lines.append(f"not read in all: {len(manifest['left_out'])} files or folders")
-    if counts := manifest["problems"]["counts"]:
-        lines.append("skipped in all: " + ", ".join(f"{n} x {kind}" for kind, n in counts.items()))
-    lines.append(f"{args.out}: ready ({time.monotonic() - started:.1f} s).")
-    print("\n".join(lines), file=sys.stderr)
+        say("The unlabelled have no name under meta.pile_set_name or pile_set_name.")
+    skipped = manifest["problems"]
+    counts = [f"{n} x {kind}" for kind, n in skipped["counts"].items()]
+    counts += [f"{len(manifest['left_out'])} files or folders not read"] if manifest["left_out"] else []
+    for what, lines in (("not read", manifest["left_out"]), ("skipped", skipped["first"]), ("in all", counts)):
+        for line in lines[:20]:
+            say(f"{what}: {line}")
+    say(f"{args.out}: ready ({time.monotonic() - started:.1f} s).")
     if args.by_subset:
         print(streams_block(manifest, args.out, proportions), end="")
     if args.verify:

@@ -1,120 +1,102 @@
-"""One piece of input to its shards, in a worker, and what is left over of all pieces to the last shards."""
+"""Tokens to shards: a stream is one row of tokens, cut where a shard is full, whatever pieces they came in."""
 
-import dataclasses
+import json
 import logging
-import multiprocessing
-import os
 import re
 import shutil
-import signal
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+import time
 from hashlib import blake2b
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError, replacing, write_json
-from let_composer.data.plan import Plan
-from let_composer.data.sources import Piece
+from let_composer.data import DataError, replacing
+from let_composer.data.plan import Plan, different
 from let_composer.data.streams import PILE_WEIGHTS
-from let_composer.data.tokens import STRETCH, UNLABELLED, Encoder, documents
+from let_composer.data.tokens import UNLABELLED
 
-__all__ = [
-    "HASH",
-    "SPLITS",
-    "Job",
-    "leftovers",
-    "start_worker",
-    "stream_folder",
-    "upload",
-    "write_piece",
-    "write_shards",
-]
+__all__ = ["HASH", "Shards", "stream_folder", "upload"]
 
-SPLITS = ("train", "val")
 HASH = "xxh128"
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a worker needs to know besides the piece."""
+class Shards:
+    """All streams (``"subset/split"``) on their way to shards below ``work/out``, and how far the input is read.
 
-    plan: Plan
-    tokenizer: str
-    eos: int
-    dtype: str
-    work: Path
-    remote: str | None
+    Both are kept in one file, so that a later call goes on from there. What was written since is written again.
+    """
 
-    def record(self, piece: str, suffix: str = ".json") -> Path:
-        """Where a piece's record is, once all else of the piece is there, or its tokens that are left over."""
-        return self.work / "pieces" / f"{piece}{suffix}"
+    def __init__(self, plan: Plan, wanted: dict[str, Any], work: Path, remote: str | None) -> None:
+        self.work, self.out, self.remote, self.file = work, work / "out", remote, work / "state.npz"
+        self.dtype, self.length = wanted["dtype"], plan.sequence_length
+        self.full = max(plan.shard_bytes // np.dtype(self.dtype).itemsize // self.length, 1) * self.length
+        self.rest: dict[str, np.ndarray] = {}  # the tokens of each stream that fill no shard yet
+        self.saved, self.took = 0.0, 0.0
+        self.state: dict[str, Any] = {"wanted": wanted, "done": [-1, -1], "problems": [], "counts": {}, "streams": {}}
+        if self.file.exists():
+            with np.load(self.file) as arrays:
+                self.rest = {name: arrays[name] for name in arrays.files}
+            self.state = json.loads(self.rest.pop("state").item())
+            if differs := different(self.state["wanted"], wanted):
+                raise DataError(
+                    f"{work} holds the unfinished work of another call ({differs}). Finish that call, or remove it: "
+                    f"rm -r {work}"
+                )
+        elif any(path.name != "state.npz.writing" for path in work.iterdir()):
+            raise DataError(f"{work} is wanted for unfinished work, but holds something else. Choose another --work.")
+        else:
+            self.save()
+        self.out.mkdir(exist_ok=True)
 
+    def save(self) -> None:
+        """Keep what is done."""
+        started = time.monotonic()
+        with replacing(self.file) as partial, partial.open("wb") as file:
+            np.savez(file, state=np.array(json.dumps(self.state).encode()), **self.rest)
+        self.saved = time.monotonic()
+        self.took = self.saved - started
 
-_job: Job
-_encoder: Encoder
-
-
-def start_worker(job: Job, environment: dict[str, str]) -> None:
-    """Prepare a process that outlives no killed parent; only the parent answers Ctrl-C, which reaches both."""
-    global _job, _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # the server that forks may have an older one
-    _job, _encoder = job, Encoder(job.tokenizer, job.dtype)
-
-
-def write_piece(piece: Piece) -> set[str]:
-    """Write a piece's shards, what is too little for one, and the record that says so; returns the subsets found."""
-    plan, end = _job.plan, np.array([_job.eos], _job.dtype)
-    problems, counts = [], Counter()
-    streams: dict[str, Any] = defaultdict(lambda: {"documents": 0, "bytes": 0, "parts": []})
-    batch: list[tuple[list[np.ndarray], str]] = []
-
-    def encode() -> None:
-        for (parts, _), ids in zip(batch, _encoder([text for _, text in batch]), strict=True):
-            parts += ids, end
-        batch.clear()
-
-    length = 0
-    for text, subset, place, size in documents(piece, plan, problems, counts):
-        about = streams[f"{subset}/{SPLITS[place < plan.validation]}"]
-        about["documents"] += 1
+    def add(self, stream: str, documents: int, size: int, ids: np.ndarray) -> None:
+        """Append documents to a stream, and write the shards that they fill."""
+        about = self.state["streams"].setdefault(stream, {"documents": 0, "bytes": 0, "shards": []})
+        about["documents"] += documents
         about["bytes"] += size
-        batch.append((about["parts"], text))
-        if (length := length + len(text)) >= STRETCH:
-            encode()
-            length = 0
-    encode()
-    left = {}
-    for stream, about in streams.items():
-        tokens = np.concatenate(about.pop("parts"))
-        whole = len(tokens) // plan.sequence_length * plan.sequence_length
-        if tokens.nbytes < plan.piece_bytes >> 7:  # no tiny shards
-            whole = 0
-        folder = f"{stream_folder(stream)}/{piece.name}"
-        about["shards"] = write_shards(_job, folder, tokens[:whole].reshape(-1, plan.sequence_length)) if whole else []
-        about["tokens"], left[stream] = len(tokens), tokens[whole:]
-    with replacing(_job.record(piece.name, ".npz")) as partial, partial.open("wb") as file:
-        np.savez(file, **left)
-    write_json(_job.record(piece.name), {"streams": streams, "problems": problems, "problem_counts": counts})
-    return {stream.rpartition("/")[0] for stream in streams}
+        tokens = np.concatenate([self.rest.get(stream, ids[:0]), ids])
+        while len(tokens) >= self.full:
+            self._write(stream, tokens[: self.full])
+            tokens = tokens[self.full :]
+        self.rest[stream] = tokens
 
+    def finish(self, stream: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """Write the last samples of a stream; returns what the manifest says about it, and its shards."""
+        about = self.state["streams"].get(stream, {"documents": 0, "bytes": 0, "shards": []})
+        tokens = self.rest.get(stream, np.empty(0))
+        if whole := len(tokens) // self.length * self.length:
+            self._write(stream, tokens[:whole])
+        samples = sum(shard["samples"] for shard in about["shards"])
+        counts = {"documents": about["documents"], "bytes": about["bytes"], "samples": samples}
+        counts |= {"tokens": samples * self.length, "tokens_left_over": len(tokens) - whole}
+        return counts, about["shards"]
 
-def leftovers(job: Job, stream: str, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield samples of what a stream's pieces left over, in their order."""
-    rest = np.empty(0, job.dtype)
-    for piece in pieces:
-        with np.load(job.record(piece, ".npz")) as left:
-            rest = np.concatenate([rest, left[stream]])
-        whole = len(rest) // job.plan.sequence_length * job.plan.sequence_length
-        yield from rest[:whole].reshape(-1, job.plan.sequence_length)
-        rest = rest[whole:]
+    def _write(self, stream: str, tokens: np.ndarray) -> None:
+        from streaming import MDSWriter
+
+        partial, folder, shards = self.work / "shard", stream_folder(stream), self.state["streams"][stream]["shards"]
+        shutil.rmtree(partial, ignore_errors=True)
+        columns = {"tokens": f"ndarray:{self.dtype}:{self.length}"}
+        writer = MDSWriter(columns=columns, out=str(partial), compression="zstd", hashes=[HASH], size_limit=None)
+        writer.shards = shards  # it numbers its files by them
+        for sample in tokens.reshape(-1, self.length):
+            writer.write({"tokens": sample})
+        writer.flush_shard()  # not finish, which writes an index that is not wanted
+        writer.executor.shutdown()
+        file = f"{folder}/{shards[-1]['zip_data']['basename']}"
+        (self.out / folder).mkdir(parents=True, exist_ok=True)
+        (partial / Path(file).name).replace(self.out / file)
+        if self.remote:
+            upload(self.out, self.remote, [file])
+            (self.out / file).unlink()
 
 
 def stream_folder(stream: str) -> str:
@@ -124,29 +106,6 @@ def stream_folder(stream: str) -> str:
     if not (subset in PILE_WEIGHTS or subset in ("", UNLABELLED)):
         slug += f"-{blake2b(subset.encode(), digest_size=3).hexdigest()}"
     return f"{slug}/{split}" if slug else split
-
-
-def write_shards(job: Job, folder: str, samples: Iterable[np.ndarray]) -> list[dict[str, Any]]:
-    """Write samples to a folder below ``out`` and upload them; returns their entries in the index above the folder."""
-    from streaming import MDSWriter
-
-    out = job.work / "out"
-    with replacing(out / folder) as partial:
-        columns = {"tokens": f"ndarray:{job.dtype}:{job.plan.sequence_length}"}
-        options: Any = {"compression": "zstd", "hashes": [HASH], "size_limit": job.plan.shard_bytes}
-        writer = MDSWriter(columns=columns, out=str(partial), **options)
-        for sample in samples:
-            writer.write({"tokens": sample})
-        # Not finish, which writes an index that is not wanted and sleeps a second for uploads that there are none of.
-        writer.flush_shard()
-        writer.executor.shutdown()
-    for info in writer.shards:
-        for part in (info["raw_data"], info["zip_data"]):
-            part["basename"] = f"{folder.rpartition('/')[2]}/{part['basename']}"
-    if job.remote:
-        upload(out, job.remote, [f"{folder}/{name}" for name in sorted(os.listdir(out / folder))])
-        shutil.rmtree(out / folder)
-    return writer.shards
 
 
 def upload(root: Path, remote: str, files: list[str]) -> None:

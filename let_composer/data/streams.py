@@ -1,6 +1,5 @@
 """The ``streams:`` block of a llm-foundry YAML, and how much of each subset it samples."""
 
-import math
 from typing import Any
 
 import yaml
@@ -22,16 +21,12 @@ PILE_WEIGHTS = {
 # fmt: on
 
 
-def check_proportions(proportions: dict[str, float] | None, subsets: set[str], complete: bool) -> None:
-    """Refuse proportions that do not fit the subsets found so far, or all of them."""
-    if proportions is None:
-        return
-    if bad := [f"{name}={weight}" for name, weight in proportions.items() if not 0 < weight < math.inf]:
-        raise DataError(f"Proportions must be above 0 and finite, got {', '.join(bad)}. Leave out what is not wanted.")
-    if missing := sorted(subsets - set(proportions)):
+def check_proportions(proportions: dict[str, float] | None, found: set[str], complete: bool = False) -> None:
+    """Refuse proportions that do not fit the subsets found so far or, if ``complete``, all of them."""
+    if proportions and (missing := sorted(found - set(proportions))):
         raise DataError(f"No proportion for {', '.join(missing)}, which the input holds. Expected one for each subset.")
-    if complete and (unknown := sorted(set(proportions) - subsets)):
-        raise DataError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(subsets))}.")
+    if complete and (unknown := sorted(set(proportions or ()) - found)):
+        raise DataError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(found))}.")
 
 
 def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, float] | None = None) -> str:
@@ -44,18 +39,19 @@ def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, flo
             are of bytes, turned into tokens, when all subsets are the Pile's, and else their token counts.
     """
     trains = {name: about["splits"]["train"] for name, about in manifest["streams"].items()}
-    shares: dict[str, float] = {name: train["tokens"] for name, train in trains.items() if train["samples"]}
-    check_proportions(proportions, set(shares), complete=True)
-    if all(name in PILE_WEIGHTS for name in shares):
-        shares = {name: PILE_WEIGHTS[name] * trains[name]["tokens"] / trains[name]["bytes"] for name in shares}
-    shares = proportions or shares
+    trains = {name: train for name, train in sorted(trains.items()) if train["samples"]}
+    check_proportions(proportions, set(trains), complete=True)
+    weights = dict.fromkeys(trains, 1.0)
+    if all(name in PILE_WEIGHTS for name in trains):
+        weights = {name: PILE_WEIGHTS[name] / train["bytes"] for name, train in trains.items()}
+    shares = proportions or {name: weights[name] * train["tokens"] for name, train in trains.items()}
     text = "# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split.\n"
     if "://" in out:
         text += "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it.\n"
     streams = {}
-    for name in sorted(shares):
-        key = manifest["streams"][name]["folder"] or "all"
-        where = join(out, manifest["streams"][name]["folder"])
+    for name in trains:
+        folder = manifest["streams"][name]["folder"]
+        where, key = join(out, folder), folder or "all"
         place = {"remote": where, "local": f"${{variables.cache}}/{key}"} if "://" in out else {"local": where}
         streams[key] = {**place, "split": "train", "proportion": float(f"{shares[name] / sum(shares.values()):.6g}")}
     return text + yaml.safe_dump({"streams": streams}, sort_keys=False)

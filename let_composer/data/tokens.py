@@ -1,105 +1,110 @@
-"""Documents of a piece to token ids: exact, and in memory bounded by the piece even for one very long document."""
+"""One piece of input to the token ids of its documents, in a worker."""
 
 import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from let_composer.data import DataError, describe
+from let_composer.data import DataError
 from let_composer.data.plan import Plan
 from let_composer.data.sources import Piece
 
-__all__ = ["PROBLEMS_KEPT", "UNLABELLED", "Encoder", "documents"]
+__all__ = ["PROBLEMS_KEPT", "SPLITS", "UNLABELLED", "start_worker", "tokenize"]
 
+SPLITS = ("train", "val")
 UNLABELLED = "unlabelled"
-STRETCH = 1 << 20  # characters given to the tokenizer at a time
-WINDOW = 256
 PROBLEMS_KEPT = 100
+LONGEST = 64 << 20  # bytes of a document, which takes up to 100 times its size in memory
+
+_plan: Plan
+_tokenizer: Any
+_form: tuple[int, str]
 
 
-class Encoder:
-    """A tokenizer that reads special tokens as plain text.
+def start_worker(plan: Plan, tokenizer: str, eos_id: int, dtype: str) -> None:
+    """Prepare a process that outlives no killed parent; only the parent answers Ctrl-C, which reaches both."""
+    global _plan, _tokenizer, _form
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _plan, _tokenizer, _form = plan, Tokenizer.from_str(tokenizer), (eos_id, dtype)
+    _tokenizer.no_truncation()
+    _tokenizer.no_padding()
+    # A document that contains "<|endoftext|>" must not be able to end itself.
+    _tokenizer.encode_special_tokens = True
 
-    It takes some 100 bytes of memory a token. A long text is cut at line ends that change no id; what has none is
-    tokenized at once.
+
+def tokenize(piece: Piece) -> tuple[dict[str, tuple[int, int, np.ndarray]], list[str], Counter[str]]:
+    """Tokenize a piece.
+
+    Returns:
+        For each ``"subset/split"`` in it: documents, their bytes, and their ids with the end of each. The first of what
+        could not be read, and how much of each kind there was.
     """
-
-    def __init__(self, tokenizer: str, dtype: str) -> None:
-        self.tokenizer, self.dtype = Tokenizer.from_str(tokenizer), dtype
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        # A document that contains "<|endoftext|>" must not be able to end itself.
-        self.tokenizer.encode_special_tokens = True
-
-    def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode texts that together hold about ``STRETCH`` characters, unless one alone is longer."""
-        if all(len(text) <= STRETCH for text in texts):
-            return self._encode(texts)
-        return [np.concatenate([self._encode([part])[0] for part in self._stretches(text)]) for text in texts]
-
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
-
-    def _stretches(self, text: str) -> Iterator[str]:
-        start = 0
-        while len(text) - start > STRETCH:
-            line_end = text.rfind("\n", start + WINDOW, start + STRETCH)
-            for end in (line_end, line_end + 1) if line_end > 0 else ():
-                left, right = text[end - WINDOW : end], text[end : end + WINDOW]
-                first, second, whole = self._encode([left, right, left + right])
-                if np.array_equal(whole, np.concatenate([first, second])):
-                    yield text[start:end]
-                    start = end
-                    break
-            else:
-                break
-        yield text[start:]
+    (eos_id, dtype), problems, counts = _form, [], Counter()
+    parts: dict[str, list[Any]] = {}
+    for stream, text, size in _documents(piece, problems, counts):
+        # Without the offsets that encode works out. One by one is quicker than in batches.
+        (encoding,) = _tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        parts.setdefault(stream, []).append((size, np.array([*encoding.ids, eos_id], dtype)))
+    found = {}
+    for stream, documents in parts.items():
+        sizes, ids = zip(*documents, strict=True)
+        found[stream] = len(sizes), sum(sizes), np.concatenate(ids)
+    return found, problems, counts
 
 
-def documents(
-    piece: Piece, plan: Plan, problems: list[dict[str, Any]], counts: Counter[str]
-) -> Iterator[tuple[str, str, float, int]]:
-    """Yield text, subset, the text's place in [0, 1) by its hash, and its bytes.
-
-    What cannot be read is raised as DataError or, to be skipped, counted, and the first of it added to ``problems``.
-    """
+def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Iterator[tuple[str, str, int]]:
+    """Yield stream, text and its bytes; raise, or count and note, what cannot be read."""
 
     def problem(line: int, kind: str, message: str) -> None:
-        found = {"path": piece.path, "line": line, "kind": kind, "message": message[:200]}
-        if plan.on_error == "stop":
-            raise DataError(describe(found))
+        found = f"{piece.path}, line {line}: {kind}: {message[:200]}"
+        if _plan.on_error == "stop":
+            raise DataError(found)
         counts[kind] += 1
         if len(problems) < PROBLEMS_KEPT:
             problems.append(found)
 
     if piece.damage:
-        problem(**piece.damage)
+        problem(piece.first_line + piece.payload.count(b"\n"), *piece.damage)
     for number, line in enumerate(io.BytesIO(piece.payload), piece.first_line):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
-            text = row.get(plan.text_key) if isinstance(row, dict) else None
-            about = (_subset(row) if plan.by_subset else "", *_digest(text)) if isinstance(text, str) else None
+            text = row.get(_plan.text_key) if isinstance(row, dict) else None
+            content = text.encode() if isinstance(text, str) else None  # lone surrogates are an error
+            subset = _subset(row) if _plan.by_subset and content else ""
         except UnicodeError as error:
             problem(number, "invalid UTF-8", str(error))
         except (ValueError, RecursionError) as error:
             problem(number, "invalid JSON", str(error))
         else:
-            if not about:
+            if content is None:
                 got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
-                problem(number, "no text", f"expected an object with a string under {plan.text_key!r}, got {got[:80]}")
+                expected = f"an object with a string under {_plan.text_key!r}"
+                problem(number, "no text", f"expected {expected}, got {got[:80]}")
             elif not text or text.isspace():
                 problem(number, "empty text", "the document holds no text")
+            elif len(content) > LONGEST:
+                problem(
+                    number, "too long", f"expected at most {LONGEST} bytes a document, got {len(content)}: split it"
+                )
             else:
-                yield text, *about
+                place = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
+                yield f"{subset}/{SPLITS[place < _plan.validation]}", text, len(content)
 
 
 def _subset(row: dict[str, Any]) -> str:
@@ -108,14 +113,4 @@ def _subset(row: dict[str, Any]) -> str:
         with contextlib.suppress(ValueError):
             meta = json.loads(meta)
     name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
-    return name.encode().decode() if isinstance(name, str) else UNLABELLED  # lone surrogates are an error here
-
-
-def _digest(text: str) -> tuple[float, int]:
-    """Where the text falls in [0, 1), and its length in bytes; raises UnicodeEncodeError for lone surrogates."""
-    digest, size = hashlib.blake2b(digest_size=8), 0
-    for start in range(0, len(text), STRETCH):
-        block = text[start : start + STRETCH].encode()
-        digest.update(block)
-        size += len(block)
-    return int.from_bytes(digest.digest(), "big") / 2**64, size
+    return name.encode().decode() if isinstance(name, str) else UNLABELLED

@@ -28,14 +28,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def verify(out: str, samples: int = 2) -> dict[str, int]:
-    """Read every shard back; memory of running loaders is left alone.
-
-    Args:
-        out: What ``convert`` made.
-        samples: How many samples of each split to decode and print. Default: ``2``.
-
-    Returns:
-        Tokens read for each split folder.
+    """Read every shard of ``out`` back and print ``samples`` of each split; returns tokens read for each.
 
     Raises:
         DataError: Something read differs from the manifest.

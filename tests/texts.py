@@ -1,0 +1,89 @@
+"""What the tests of the data path share: real text, a tokenizer trained on it, and a conversion in small pieces."""
+
+import json
+import pydoc_data.topics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streaming import StreamingDataset
+from streaming.base.util import clean_stale_shared_memory
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from let_composer.data.convert import convert
+from let_composer.data.plan import Plan
+
+LENGTH = 64
+EOS = "<|endoftext|>"
+# streaming and boto3 open files, sockets and shared memory and leave closing them to the interpreter's exit.
+leaves_open = [pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")]
+
+
+def english(limit: int = 400_000) -> list[str]:
+    """Paragraphs of Python's own reference, which every Python has."""
+    text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:limit]
+    return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 700) -> str:
+    bpe: Any = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "special_tokens": [EOS, "<|padding|>"],
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+        "show_progress": False,
+    }
+    bpe.train_from_iterator(english(100_000), trainers.BpeTrainer(**settings))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token="<|padding|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def ids(texts: list[str], tokenizer: str) -> list[int]:
+    """What the shards must hold: special tokens are text, and each document has its end."""
+    hf = AutoTokenizer.from_pretrained(tokenizer)
+    hf.backend_tokenizer.encode_special_tokens = True
+    return [i for text in texts for i in [*hf.backend_tokenizer.encode(text).ids, hf.eos_token_id]]
+
+
+def jsonl(texts: list[str], subset: Callable[[int], str] = lambda _: "Pile-CC") -> bytes:
+    rows = ({"text": text, "meta": {"pile_set_name": subset(i)}} for i, text in enumerate(texts))
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def plan(inputs: Path | str, tokenizer: str, **changes: Any) -> Plan:
+    values: dict[str, Any] = {"sequence_length": LENGTH, "piece_bytes": 40_000, "shard_bytes": 20_000}
+    return Plan([str(inputs)], tokenizer, **{**values, **changes})
+
+
+def run(plan: Plan, out: Path | str, **options: Any) -> dict[str, Any]:
+    return convert(plan, str(out), **{"workers": 2, "progress": False, **options})
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished folder but those that reading leaves there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".mds" and path.name != "streams.yaml"
+    }
+
+
+def samples(folder: Path) -> list[np.ndarray]:
+    clean_stale_shared_memory()
+    data = StreamingDataset(local=str(folder), batch_size=1, shuffle=False)
+    return [data[i]["tokens"] for i in range(data.num_samples)]
+
+
+def documents(folder: Path, tokenizer: str) -> list[str]:
+    """The documents of a split in their order; what follows the last EOS is left out."""
+    hf, stream = AutoTokenizer.from_pretrained(tokenizer), np.concatenate(samples(folder))
+    ends = np.flatnonzero(stream == hf.eos_token_id)
+    return [hf.decode(part[:-1].tolist()) for part in np.split(stream, ends + 1)[:-1]]
