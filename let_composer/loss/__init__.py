@@ -5,7 +5,7 @@ Nothing in this package imports Composer.
 
 import functools
 import warnings
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,16 +26,7 @@ class Alignment(NamedTuple):
     inverse_norm: Tensor  # [...]: 1 / |target row|, 0 where it has no direction or does not count; for target_sum
 
 
-def alignment_loss(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None = None,
-    *,
-    teacher_mean: Tensor | None = None,
-    teacher_std: Tensor | None = None,
-    resize: Resize = "student",
-    implementation: Implementation = "auto",
-) -> Tensor:
+def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     """Mean negative cosine between a student's and a frozen teacher's hidden states.
 
     ``L = mean over tokens with mask of -cos(student, resize((teacher - teacher_mean) / teacher_std))``
@@ -47,11 +38,7 @@ def alignment_loss(
         student: Hidden states of the student, ``[..., D_s]``. The only input that receives a gradient.
         teacher: Hidden states of the teacher, ``[..., D_t]``, detached.
         mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
-        teacher_mean: Subtracted from every teacher row, ``[D_t]``. Default: ``None``.
-        teacher_std: Divides every teacher row, ``[D_t]``, positive. Default: ``None``.
-        resize: Whose features are linearly interpolated to the other's width when ``D_s != D_t``.
-            Default: ``"student"``, as in LET.
-        implementation: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA, torch elsewhere. Default: ``"auto"``.
+        **options: Of :func:`alignment`: ``teacher_mean``, ``teacher_std``, ``resize``, ``implementation``.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 inputs), between -1 and 1; 0 when no token counts. Nothing is synchronised with
@@ -60,15 +47,7 @@ def alignment_loss(
     Raises:
         ValueError: If shapes or options do not fit, or the teacher requires a gradient.
     """
-    return alignment(
-        student,
-        teacher,
-        mask,
-        teacher_mean=teacher_mean,
-        teacher_std=teacher_std,
-        resize=resize,
-        implementation=implementation,
-    ).loss
+    return alignment(student, teacher, mask, **options).loss
 
 
 def alignment(
@@ -81,7 +60,18 @@ def alignment(
     resize: Resize = "student",
     implementation: Implementation = "auto",
 ) -> Alignment:
-    """:func:`alignment_loss`, and what it found out on the way; arguments and errors are the same."""
+    """:func:`alignment_loss`, and what it found out on the way.
+
+    Args:
+        student: As in :func:`alignment_loss`, like what is raised.
+        teacher: As there.
+        mask: As there.
+        teacher_mean: Subtracted from every teacher row, ``[D_t]``. Default: ``None``.
+        teacher_std: Divides every teacher row, ``[D_t]``, positive. Default: ``None``.
+        resize: Whose features are linearly interpolated to the other's width when ``D_s != D_t``.
+            Default: ``"student"``, as in LET.
+        implementation: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA, torch elsewhere. Default: ``"auto"``.
+    """
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student and teacher must agree in all but the last dimension, got {list(student.shape)} and "
@@ -117,11 +107,11 @@ def target_sum(
         teacher: Hidden states of the teacher, ``[..., D_t]``.
         mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
         width: The width in which cosines are taken: ``D_s`` when the teacher is resized. Default: ``None``, ``D_t``.
-        teacher_mean: As in :func:`alignment_loss`. Default: ``None``.
+        teacher_mean: As in :func:`alignment`. Default: ``None``.
         teacher_std: As in :func:`alignment_loss`. Default: ``None``.
         inverse_norm: Of :func:`alignment` for the same teacher, mask and statistics, taken in ``width``; saves a pass
             over the states. Default: ``None``, found here.
-        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
+        implementation: As in :func:`alignment`. Default: ``"auto"``.
 
     Returns:
         ``[width]`` in fp32 (fp64 for fp64 inputs), without a gradient.
@@ -133,9 +123,13 @@ def target_sum(
             f"inverse_norm must have shape {list(teacher.shape[:-1])}, one value per token, got "
             f"{list(inverse_norm.shape)}."
         )
+    teacher = teacher.detach()
     width = teacher.shape[-1] if width is None else width
-    function = _implementation(implementation, teacher, teacher_mean, teacher_std).target_sum
-    return function(teacher.detach(), mask, width, teacher_mean, teacher_std, inverse_norm)
+    chosen = _implementation(implementation, teacher, teacher_mean, teacher_std)
+    if inverse_norm is None:
+        student = teacher.new_zeros(width).expand(*mask.shape, width)  # any will do
+        inverse_norm = chosen.alignment(student, teacher, mask, teacher_mean, teacher_std, "teacher")[2]
+    return chosen.target_sum(teacher, inverse_norm, width, teacher_mean, teacher_std)
 
 
 def feature_sums(
@@ -151,7 +145,7 @@ def feature_sums(
         teacher: Hidden states of the teacher, ``[..., D_t]``. Rows that are not finite are left out.
         mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
         shift: Subtracted from every row first, ``[D_t]``; near the mean it keeps the sums small. Default: ``None``.
-        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
+        implementation: As in :func:`alignment`. Default: ``"auto"``.
 
     Returns:
         ``[1 + 2 * D_t]`` in fp64, without a gradient: the number of rows, ``sum(t - shift)``, ``sum((t - shift)^2)``.

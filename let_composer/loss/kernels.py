@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import functools
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,17 +15,7 @@ from torch import Tensor
 
 from let_composer.loss.reference import EPSILON, resize_features
 
-__all__ = [
-    "INTERPRETED",
-    "MAX_WIDTH",
-    "Plan",
-    "alignment",
-    "feature_sums",
-    "plan",
-    "target_sum",
-    "try_kernels",
-    "unsupported",
-]
+__all__ = ["INTERPRETED", "MAX_WIDTH", "alignment", "feature_sums", "target_sum", "try_kernels", "unsupported"]
 
 MAX_WIDTH = 16384
 MEAN_BLOCK, MEAN_WARPS = 4096, 16
@@ -45,31 +36,14 @@ SUMS_TILE = 1024  # elements of a tile of four warps: a 128-bit load of each thr
 
 
 @triton.jit
-def _columns(groups, V: tl.constexpr):
-    return groups * V + tl.arange(0, V)[None, :]  # [M, V]
-
-
-# The loads below take the start of a row and whether it is used, each a scalar or [M, 1], and the groups [M, 1] to
-# read: a load of this shape keeps the layout of the [M, V] tile.
-
-
-@triton.jit
-def _normalized(x, columns, mean, std, inside):
+def _read(row, columns, inside, mean, std):
+    """Elements of a row, normalised, 0 outside. ``row`` is a scalar or [M, 1], like ``used`` and ``groups`` below."""
+    x = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
     if mean is not None:
         x -= tl.load(mean + columns, mask=inside, other=0.0).to(tl.float32)
     if std is not None:
         x /= tl.load(std + columns, mask=inside, other=1.0).to(tl.float32)
     return x
-
-
-@triton.jit
-def _load_direct(row, used, groups, mean, std, WIDTH: tl.constexpr, V: tl.constexpr):
-    columns = _columns(groups, V)
-    inside = used & (columns < WIDTH)
-    x = _normalized(tl.load(row + columns, mask=inside, other=0.0).to(tl.float32), columns, mean, std, inside)
-    if mean is not None:
-        x = tl.where(inside, x, 0.0)
-    return x  # [M, V]
 
 
 @triton.jit
@@ -81,38 +55,31 @@ def _coordinate(column, WIDTH: tl.constexpr, TARGET: tl.constexpr):
 
 
 @triton.jit
-def _load_resized(
-    row, used, groups, mean, std,
-    WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    inside = used & (groups * V < TARGET)
-    if (32 * V * WIDTH) % TARGET == 0:
-        # The pattern repeats every 32 groups, so the lanes of a warp keep their weights over all tiles and rows.
-        base, x = _coordinate(groups % 32 * V, WIDTH, TARGET)
-        base += groups // 32 * (32 * V * WIDTH // TARGET)
-    else:
-        base, x = _coordinate(groups * V, WIDTH, TARGET)
-    x = x + tl.arange(0, V)[None, :] * (WIDTH / TARGET)  # [M, V], relative to base
-    out = tl.zeros([M, V], tl.float32)
-    for tap in tl.static_range(WINDOW):
-        index = tl.minimum(tl.maximum(base + tap, 0), WIDTH - 1)
-        value = _normalized(tl.load(row + index, mask=inside, other=0.0).to(tl.float32), index, mean, std, inside)
-        out += tl.maximum(1.0 - tl.abs(x - tap), 0.0) * value
-    if TARGET % V != 0:
-        out = tl.where(_columns(groups, V) < TARGET, out, 0.0)
-    return out  # [M, V]
-
-
-@triton.jit
 def _load(
     row, used, groups, mean, std,
-    WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    WIDTH: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    """Columns of a row of WIDTH, normalised and resized to TARGET: [M, V]."""
+    columns = groups * V + tl.arange(0, V)[None, :]
     if WIDTH == TARGET:
-        x = _load_direct(row, used, groups, mean, std, WIDTH, V)
+        inside = used & (columns < WIDTH)
+        out = _read(row, columns, inside, mean, std)
     else:
-        x = _load_resized(row, used, groups, mean, std, WIDTH, TARGET, WINDOW, M, V)
-    return x
+        inside = used & (groups * V < TARGET)
+        if (32 * V * WIDTH) % TARGET == 0:
+            # The pattern repeats every 32 groups, so the lanes of a warp keep their weights over all tiles and rows.
+            base, x = _coordinate(groups % 32 * V, WIDTH, TARGET)
+            base += groups // 32 * (32 * V * WIDTH // TARGET)
+        else:
+            base, x = _coordinate(groups * V, WIDTH, TARGET)
+        x = x + tl.arange(0, V)[None, :] * (WIDTH / TARGET)  # [M, V], relative to base
+        out = tl.zeros_like(x)
+        for tap in tl.static_range(WINDOW):
+            index = tl.minimum(tl.maximum(base + tap, 0), WIDTH - 1)
+            out += tl.maximum(1.0 - tl.abs(x - tap), 0.0) * _read(row, index, inside, mean, std)
+        if TARGET % V != 0:
+            out = tl.where(columns < TARGET, out, 0.0)
+    return out
 
 
 @triton.jit
@@ -141,8 +108,8 @@ def _forward_kernel(
     # Few loads are in flight when each brings one element to a thread; only then does unrolling help.
     for tile in tl.range(0, TILES, loop_unroll_factor=12 if V == 1 else 1):
         groups = tile * G + tl.arange(0, G)[:, None]
-        s = _load(student, used, groups, None, None, STUDENT, TARGET, WINDOW, G, V)
-        t = _load(teacher, used, groups, mean, std, TEACHER, TARGET, WINDOW, G, V)
+        s = _load(student, used, groups, None, None, STUDENT, TARGET, WINDOW, V)
+        t = _load(teacher, used, groups, mean, std, TEACHER, TARGET, WINDOW, V)
         ss += tl.sum(s * s, axis=1)
         tt += tl.sum(t * t, axis=1)
         st += tl.sum(s * t, axis=1)
@@ -176,112 +143,80 @@ def _mean_kernel(saved, mask, loss, counts, tokens, BLOCK: tl.constexpr):
     tl.store(counts + 1, tl.sum(usable, axis=0))
 
 
-@triton.jit
-def _tile(grad, saved, counts, tokens, R: tl.constexpr, G: tl.constexpr):
-    """What a backward program knows of its rows, each [M, 1]."""
-    m = tl.arange(0, R * G)[:, None]
-    rows = (tl.program_id(0) * R + m // G).to(tl.int64)
-    groups = tl.program_id(1) * G + m % G
-    inside = rows < tokens
-    pointers = saved + rows
-    cosine = tl.load(pointers, mask=inside, other=0.0)
-    pointers += tokens
-    inverse_s = tl.load(pointers, mask=inside, other=0.0)
-    pointers += tokens
-    inverse_t = tl.load(pointers, mask=inside, other=0.0)
-    factor = -tl.load(grad) / tl.maximum(tl.load(counts), 1).to(tl.float32) * inverse_s
-    return rows, groups, factor, inverse_t, inverse_s * cosine, inverse_s > 0
-
-
-@triton.jit
-def _store(out, ds, rows, groups, tokens, WIDTH: tl.constexpr, V: tl.constexpr):
-    columns = _columns(groups, V)
-    pointers = out + rows * WIDTH + columns
-    tl.store(pointers, ds.to(out.dtype.element_ty), mask=(rows < tokens) & (columns < WIDTH))
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
     grad, student, teacher, mean, std, saved, counts,
     out,  # [N, STUDENT], contiguous
     tokens, student_stride, teacher_stride,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, WINDOW: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr, TARGET: tl.constexpr, WINDOW: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    # Cosines were taken in the student's width: elementwise, a program per tile.
-    rows, groups, factor, inverse_t, weight_s, used = _tile(grad, saved, counts, tokens, R, G)
-    s = _load_direct(student + rows * student_stride, used, groups, None, None, STUDENT, V)
-    t = _load(teacher + rows * teacher_stride, used, groups, mean, std, TEACHER, STUDENT, WINDOW, R * G, V)
-    ds = tl.where(used, factor * (t * inverse_t - s * weight_s), 0.0)
-    _store(out, ds, rows, groups, tokens, STUDENT, V)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _backward_resized_kernel(
-    grad, student, teacher, mean, std, saved, counts,
-    out,  # [N, STUDENT], contiguous
-    tokens, student_stride, teacher_stride,
-    STUDENT: tl.constexpr, TEACHER: tl.constexpr, WINDOW: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    # The student was resized to u = A s in the teacher's width: ds = A' du. Each group of V student columns gathers
-    # from the few target columns i whose hats reach it; their u_i are interpolated again from the student's row.
-    rows, groups, factor, inverse_t, weight_s, used = _tile(grad, saved, counts, tokens, R, G)
+    m = tl.arange(0, R * G)[:, None]
+    rows = (tl.program_id(0) * R + m // G).to(tl.int64)
+    groups = tl.program_id(1) * G + m % G
+    saved += rows
+    cosine = tl.load(saved, mask=rows < tokens, other=0.0)
+    saved += tokens
+    inverse_s = tl.load(saved, mask=rows < tokens, other=0.0)
+    saved += tokens
+    inverse_t = tl.load(saved, mask=rows < tokens, other=0.0)
+    used = inverse_s > 0
+    factor = -tl.load(grad) / tl.maximum(tl.load(counts), 1).to(tl.float32) * inverse_s
+    weight_s = inverse_s * cosine
     student += rows * student_stride
     teacher += rows * teacher_stride
-    left = groups * V
-    first = tl.maximum(((2 * left - 1) * TEACHER + STUDENT) // (2 * STUDENT), 0)  # see reach()
-    ds = tl.zeros([R * G, V], tl.float32)
-    for step in range(WINDOW):
-        i = first + step
-        inside = used & (i < TEACHER) & (left < STUDENT)
-        t = _normalized(tl.load(teacher + i, mask=inside, other=0.0).to(tl.float32), i, mean, std, inside)
-        base, fraction = _coordinate(i, STUDENT, TEACHER)
-        low = tl.minimum(tl.maximum(base, 0), STUDENT - 1)
-        high = tl.minimum(tl.maximum(base + 1, 0), STUDENT - 1)
-        u = (1.0 - fraction) * tl.load(student + low, mask=inside, other=0.0).to(tl.float32)
-        u += fraction * tl.load(student + high, mask=inside, other=0.0).to(tl.float32)
-        du = tl.where(inside, factor * (t * inverse_t - u * weight_s), 0.0)  # [M, 1]
-        x = (base - left).to(tl.float32) + fraction
-        x = tl.minimum(tl.maximum(x, (-left).to(tl.float32)), (STUDENT - 1 - left).to(tl.float32))
-        ds += tl.maximum(1.0 - tl.abs(x - tl.arange(0, V)[None, :]), 0.0) * du
-    _store(out, ds, rows, groups, tokens, STUDENT, V)
+    if STUDENT == TARGET:
+        s = _load(student, used, groups, None, None, STUDENT, TARGET, 1, V)
+        t = _load(teacher, used, groups, mean, std, TEACHER, TARGET, WINDOW, V)
+        ds = tl.where(used, factor * (t * inverse_t - s * weight_s), 0.0)
+    else:
+        # The student was resized to u = A s: ds = A' du. Each group of V student columns gathers from the few target
+        # columns i whose hats reach it; their u_i are interpolated again from the student's row.
+        left = groups * V
+        first = tl.maximum(((2 * left - 1) * TARGET + STUDENT) // (2 * STUDENT), 0)  # see reach()
+        ds = tl.zeros([R * G, V], tl.float32)
+        for step in range(WINDOW):
+            i = first + step
+            inside = used & (i < TARGET) & (left < STUDENT)
+            t = _read(teacher, i, inside, mean, std)
+            base, fraction = _coordinate(i, STUDENT, TARGET)
+            low = tl.minimum(tl.maximum(base, 0), STUDENT - 1)
+            high = tl.minimum(tl.maximum(base + 1, 0), STUDENT - 1)
+            u = (1.0 - fraction) * _read(student, low, inside, None, None)
+            u += fraction * _read(student, high, inside, None, None)
+            du = tl.where(inside, factor * (t * inverse_t - u * weight_s), 0.0)  # [M, 1]
+            x = (base - left).to(tl.float32) + fraction
+            x = tl.minimum(tl.maximum(x, (-left).to(tl.float32)), (STUDENT - 1 - left).to(tl.float32))
+            ds += tl.maximum(1.0 - tl.abs(x - tl.arange(0, V)[None, :]), 0.0) * du
+    columns = groups * V + tl.arange(0, V)[None, :]
+    out += rows * STUDENT + columns
+    tl.store(out, ds.to(out.dtype.element_ty), mask=(rows < tokens) & (columns < STUDENT))
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
 def _sums_kernel(
-    rows, weights, mean, std,
-    partial,  # out [programs, 1 or 2, WIDTH]: of w x and of w x^2
+    rows, weights, shift,
+    partial,  # out [programs, 2, WIDTH]: of w (x - shift) and of w (x - shift)^2
     tokens, steps, stride,
-    WIDTH: tl.constexpr, SQUARES: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    WIDTH: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * C + tl.arange(0, C)[None, :]
-    if mean is not None:
-        shift = tl.load(mean + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    if std is not None:
-        scale = tl.load(std + columns, mask=columns < WIDTH, other=1.0).to(tl.float32)
+    origin = tl.zeros([1, C], tl.float32)
+    if shift is not None:
+        origin = tl.load(shift + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     sums = tl.zeros([R, C], tl.float32)
     squares = tl.zeros([R, C], tl.float32)
     for step in range(steps):
         index = (program * steps + step) * R + tl.arange(0, R)[:, None]
         weight = tl.load(weights + index, mask=index < tokens, other=0.0)
         inside = (weight > 0) & (columns < WIDTH)
-        x = tl.load(rows + index * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        if mean is not None:
-            x -= shift
-        if std is not None:
-            x /= scale
+        x = tl.load(rows + index * stride + columns, mask=inside, other=0.0).to(tl.float32) - origin
         sums += weight * x
-        if SQUARES:
-            squares += weight * x * x
-    partial += program * ((2 if SQUARES else 1) * WIDTH) + columns
+        squares += weight * x * x
+    partial += program * (2 * WIDTH) + columns
     tl.store(partial, tl.sum(sums, axis=0)[None, :], mask=columns < WIDTH)
-    if SQUARES:
-        tl.store(partial + WIDTH, tl.sum(squares, axis=0)[None, :], mask=columns < WIDTH)
-
-
-Kind = Literal["forward", "backward", "backward_resized"]
+    tl.store(partial + WIDTH, tl.sum(squares, axis=0)[None, :], mask=columns < WIDTH)
 
 
 @dataclass(frozen=True)
@@ -297,47 +232,44 @@ class Plan:
 
 
 def window(width: int, target: int, vector: int) -> int:
-    """Neighbouring inputs that ``vector`` neighbouring outputs of a resize from ``width`` to ``target`` read."""
-    taps = 1
-    for first in range(0, target, vector):
-        low, high = (((2 * i + 1) * width - target) // (2 * target) for i in (first, first + vector - 1))
-        taps = max(taps, high + 2 - low)
-    return taps
+    """Most inputs that ``vector`` neighbouring outputs of a resize from ``width`` to ``target`` read."""
+    floor = [((2 * i + 1) * width - target) // (2 * target) for i in range(target + vector)]
+    return max(floor[i + vector - 1] + 2 - floor[i] for i in range(0, target, vector))
 
 
 def reach(width: int, target: int, vector: int) -> int:
-    """Neighbouring outputs of a resize from ``width`` to ``target`` that read any of ``vector`` neighbouring inputs.
+    """Most outputs of a resize from ``width`` to ``target`` that read any of ``vector`` neighbouring inputs.
 
     Output i sits at x = ((2i + 1) width - target) / 2 target and reads j where j - 1 < x < j + 1. From 8 to 4, for the
     inputs 2 and 3: x = 0.5, 2.5, 4.5, 6.5, of which 2.5 alone lies between 1 and 4, so one output reads them.
     """
-    outputs = 1
-    for j in range(0, width, vector):
-        first = max(((2 * j - 1) * target + width) // (2 * width), 0)
-        last = -((width - (2 * (j + vector) + 1) * target) // (2 * width)) - 1  # the last i left of j + vector
-        outputs = max(outputs, min(last, target - 1) - first + 1)
-    return outputs
+    x = [(2 * i + 1) * width - target for i in range(target)]  # times 2 target
+    firsts = range(0, width, vector)
+    return max(bisect_left(x, 2 * target * (j + vector)) - bisect_right(x, 2 * target * (j - 1)) for j in firsts)
 
 
 @functools.cache
-def plan(kind: Kind, width: int, source: int, itemsize: int) -> Plan:
+def plan(kind: Literal["forward", "backward"], student: int, teacher: int, resize_student: bool, itemsize: int) -> Plan:
     """Choose the tiles of a kernel.
 
     Args:
-        kind: ``"backward_resized"`` is the backward through a resized student.
-        width: Columns of the tiled rows: where cosines are taken, in ``"backward_resized"`` the student's.
-        source: The other side's width.
+        kind: Which kernel. The forward's tiles have the width in which cosines are taken, the backward's the student's.
+        student: Width.
+        teacher: Width.
+        resize_student: Whether cosines are taken in the teacher's width.
         itemsize: Bytes per element of the tensor that is read or written in full vectors.
     """
-    vector = max(16 // itemsize, 1)
-    if kind == "backward_resized":
-        taps = reach(width, source, vector)
-    elif source > width:
+    width, source = (teacher, student) if resize_student else (student, teacher)
+    vector = 16 // itemsize
+    if width == source:
+        taps = 1
+    elif kind == "backward" and resize_student:
+        width, taps = student, reach(student, teacher, vector)
+    elif source > width:  # a thread has one column, or the taps of a warp would fall into few banks
         vector, taps = 1, 2
     else:
-        taps = 1 if source == width else window(source, width, vector)
-    # One warp holds a forward tile in its registers. A resized one, with weights and taps there too, is smaller; going
-    # down, a thread has one column, or the taps of a warp would fall into few banks.
+        taps = window(source, width, vector)
+    # One warp holds a forward tile in its registers. A resized one, with weights and taps there too, is smaller.
     sizes = (1024, 512, 256)
     if kind == "forward" and taps > 1:
         sizes = (512, 256) if vector > 1 else (32,)
@@ -386,7 +318,7 @@ def try_kernels() -> None:
         mask = states[:, 0] > 0
         loss, saved, counts = _forward(states, states, mask, None, None, False)
         _backward(loss, states, states, None, None, saved, counts, False)
-        _sums(states, saved[2], None, None, True)
+        _sums(states, saved[2], None)
 
 
 @torch.library.custom_op("let_composer::alignment_loss", mutates_args=())
@@ -395,9 +327,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = mask.numel()
     loss, saved, counts = _empty(student, tokens)
-    direct, resized = (teacher, student) if resize_student else (student, teacher)
-    width = direct.shape[-1]
-    p = plan("forward", width, resized.shape[-1], direct.element_size())
+    direct = teacher if resize_student else student
+    p = plan("forward", student.shape[-1], teacher.shape[-1], resize_student, direct.element_size())
     student, student_stride = _rows(student)
     teacher, teacher_stride = _rows(teacher)
     mask = mask.contiguous()
@@ -405,8 +336,8 @@ def _forward(
         if tokens:
             _forward_kernel[(tokens,)](
                 student, teacher, mask, mean, std, saved, tokens, student_stride, teacher_stride,
-                STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=width, WINDOW=p.window, TILES=p.tiles,
-                G=p.G, V=p.V, EPSILON=EPSILON, num_warps=p.num_warps,
+                STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=direct.shape[-1], WINDOW=p.window,
+                TILES=p.tiles, G=p.G, V=p.V, EPSILON=EPSILON, num_warps=p.num_warps,
             )  # fmt: skip
         _mean_kernel[(1,)](saved, mask, loss, counts, tokens, BLOCK=MEAN_BLOCK, num_warps=MEAN_WARPS)
     return loss, saved, counts
@@ -435,14 +366,13 @@ def _backward(
     student, student_stride = _rows(student)
     teacher, teacher_stride = _rows(teacher)
     width, source = student.shape[-1], teacher.shape[-1]
-    resized = resize_student and width != source
-    p = plan("backward_resized" if resized else "backward", width, source, out.element_size())
-    kernel = _backward_resized_kernel if resized else _backward_kernel
+    p = plan("backward", width, source, resize_student, out.element_size())
     if tokens:
         with torch.cuda.device_of(student):
-            kernel[(triton.cdiv(tokens, p.R), p.tiles)](
+            _backward_kernel[(triton.cdiv(tokens, p.R), p.tiles)](
                 grad, student, teacher, mean, std, saved, counts, out, tokens, student_stride, teacher_stride,
-                STUDENT=width, TEACHER=source, WINDOW=p.window, R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
+                STUDENT=width, TEACHER=source, TARGET=source if resize_student else width, WINDOW=p.window,
+                R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
             )  # fmt: skip
     return out
 
@@ -469,56 +399,41 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @torch.library.custom_op("let_composer::weighted_sums", mutates_args=())
-def _sums(rows: Tensor, weights: Tensor, mean: Tensor | None, std: Tensor | None, squares: bool) -> Tensor:
-    """Sum over rows of w x, and of w x^2 if asked for, ``[1 or 2, D]`` in fp64; weights are fp32 and not negative."""
+def _sums(rows: Tensor, weights: Tensor, shift: Tensor | None) -> Tensor:
+    """Sums over rows of w (x - shift) and w (x - shift)^2, ``[2, D]`` in fp64; weights are fp32 and not negative."""
     rows, stride = _rows(rows)
     tokens, width = rows.shape
     C = min(triton.next_power_of_2(width), SUMS_TILE // 4)
     R = SUMS_TILE // C
     # At most 512 partial sums, whatever the device: the order of additions depends on the shape alone.
     steps = triton.cdiv(max(triton.cdiv(tokens, 512), 64), R)
-    partial = rows.new_empty(triton.cdiv(tokens, steps * R), 2 if squares else 1, width, dtype=torch.float32)
+    partial = rows.new_empty(triton.cdiv(tokens, steps * R), 2, width, dtype=torch.float32)
     if tokens:
         with torch.cuda.device_of(rows):
             _sums_kernel[(partial.shape[0], triton.cdiv(width, C))](
-                rows, weights.contiguous(), mean, std, partial, tokens, steps, stride,
-                WIDTH=width, SQUARES=squares, R=R, C=C, num_warps=4,
+                rows, weights.contiguous(), shift, partial, tokens, steps, stride,
+                WIDTH=width, R=R, C=C, num_warps=4,
             )  # fmt: skip
     return partial.sum(dim=0, dtype=torch.float64)
 
 
 @_sums.register_fake
-def _(rows, weights, mean, std, squares):
-    return rows.new_empty(2 if squares else 1, rows.shape[-1], dtype=torch.float64)
+def _(rows, weights, shift):
+    return rows.new_empty(2, rows.shape[-1], dtype=torch.float64)
 
 
 def alignment(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor,
-    teacher_mean: Tensor | None = None,
-    teacher_std: Tensor | None = None,
-    resize: str = "student",
+    student: Tensor, teacher: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, resize: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`let_composer.loss.reference.alignment` in one pass over the states, in fp32."""
-    loss, saved, counts = _forward(student, teacher, mask, teacher_mean, teacher_std, resize == "student")
+    loss, saved, counts = _forward(student, teacher, mask, mean, std, resize == "student")
     return loss, counts[1], saved[2].view(mask.shape)
 
 
-def target_sum(
-    teacher: Tensor,
-    mask: Tensor,
-    width: int,
-    teacher_mean: Tensor | None = None,
-    teacher_std: Tensor | None = None,
-    inverse_norm: Tensor | None = None,
-) -> Tensor:
-    """:func:`let_composer.loss.reference.target_sum` in one pass over the teacher's states, two without the norms."""
-    if inverse_norm is None:
-        student = teacher.new_zeros(width).expand(*mask.shape, width)  # one row in the cache
-        inverse_norm = alignment(student, teacher, mask, teacher_mean, teacher_std, "teacher")[2]
-    (total,) = _sums(teacher, inverse_norm.flatten(), teacher_mean, teacher_std, False)
-    return resize_features(total, width).float()
+def target_sum(teacher: Tensor, inverse_norm: Tensor, width: int, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    """:func:`let_composer.loss.reference.target_sum` in one pass over the teacher's states."""
+    total = _sums(teacher, inverse_norm.flatten(), mean)[0]
+    return resize_features(total if std is None else total / std, width).float()
 
 
 def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -529,7 +444,7 @@ def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> 
     if origin is None:  # a row that counts is near the mean: squares of the difference do not cancel in fp32
         rows = teacher.reshape(-1, teacher.shape[-1])
         origin = rows.index_select(0, used.int().argmax().view(1))[0].nan_to_num(0, 0, 0) if len(rows) else rows.sum(0)
-    sums, squares = _sums(teacher, used.float(), origin, None, True)
+    sums, squares = _sums(teacher, used.float(), origin)
     count = used.sum().double()
     if shift is None:
         origin = origin.double()

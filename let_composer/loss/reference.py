@@ -47,20 +47,17 @@ def alignment(
 
 def target_sum(
     teacher: Tensor,
-    mask: Tensor,
+    inverse_norm: Tensor,
     width: int,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
-    inverse_norm: Tensor | None = None,
 ) -> Tensor:
-    """Sum over the tokens of ``mask`` of the unit target vectors, ``[width]``.
+    """Sum of the unit target vectors, ``[width]``, from the inverse norms that :func:`alignment` found.
 
     Its norm divided by the number of tokens is the best mean cosine that one constant vector can reach: what a student
     scores without any information about the token.
     """
     target = _normalize(teacher, teacher_mean, teacher_std, _arithmetic(teacher))
-    if inverse_norm is None:
-        inverse_norm = _unit(resize_features(target, width), mask)[1]
     inverse_norm = inverse_norm.unsqueeze(-1)
     units = torch.where(inverse_norm > 0, target * inverse_norm, 0)
     return resize_features(units.reshape(-1, teacher.shape[-1]).sum(dim=0), width)  # resizing is linear

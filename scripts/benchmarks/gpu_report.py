@@ -33,6 +33,7 @@ __all__ = ["Part", "main", "parts", "run", "write_report"]
 FOLDER = "scripts/benchmarks"
 EVIDENCE = "yamls/evidence/evidence_125m.yaml"
 DATA = Path("data/evidence/shards")  # of that YAML
+SLOWER = 3  # times as long may a rehearsal take: compilers have no GPU to wait for, and perhaps few cores
 GRACE = 20  # seconds between asking a part to end and ending it
 # Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
 PLAIN = ["variables.attention=torch", "variables.loss_fn=torch_crossentropy"]
@@ -207,9 +208,12 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
             parser.error(f"no parts {', '.join(sorted(unknown))}. There are {', '.join(part.name for part in todo)}.")
         todo = [part for part in todo if part.name in args.only]
     environment = {key: value for key, value in machine().items() if key != "date"}
-    end, results, missing = time.time() + 60 * args.minutes, [], []
+    minutes = args.minutes * (SLOWER if args.rehearse else 1)
+    end, results, missing = time.time() + 60 * minutes, [], []
     for part in todo:
-        part.command += shlex.split(part.toy) if args.rehearse else []
+        if args.rehearse:
+            part.command += shlex.split(part.toy)
+            part.limit *= SLOWER
         stored = out / f"{part.name}.result.json"
         result = json.loads(stored.read_text()) if stored.exists() else {}
         left = end - time.time()

@@ -45,6 +45,7 @@ PASSES = ("forward", "backward", "target_sum")
 # --- the compile report: what ptxas makes of the kernels, no GPU needed ---
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
+WIDTHS = (64, 256, 768, 2048, 8192)
 
 
 @contextmanager
@@ -71,12 +72,12 @@ def compiling(architecture: int) -> Iterator[list]:
 
 
 def compile_report(
-    pairs: list[str],
+    pairs: Sequence[str],
     architectures: Sequence[int] = ARCHITECTURES,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str = "bfloat16",
     normalized: bool = False,
 ) -> list[dict]:
-    """Compile what a guided step launches, for either side resized; one row per kernel, pair and architecture.
+    """Compile what a guided step launches, for either side resized; one row per binary.
 
     Args:
         pairs: Widths, student/teacher.
@@ -86,26 +87,41 @@ def compile_report(
     """
     from let_composer.loss import kernels
 
-    rows = []
+    rows: dict[str, dict] = {}
     for pair, sm in itertools.product(pairs, architectures):
         widths = [int(width) for width in pair.split("/")]
-        student, teacher = torch.ones(64, widths[0], dtype=dtype), torch.ones(64, widths[1], dtype=torch.bfloat16)
+        student = torch.ones(64, widths[0], dtype=getattr(torch, dtype))
+        teacher = torch.ones(64, widths[1], dtype=torch.bfloat16)
         mean = torch.ones(widths[1]) if normalized else None
         for resize in ("student", "teacher") if widths[0] != widths[1] else ("-",):
             with compiling(sm) as found:
                 arguments = (student, teacher, torch.ones(64, dtype=torch.bool), mean, mean)
                 loss, saved, counts = kernels._forward(*arguments, resize == "student")
                 kernels._backward(loss, student, teacher, mean, mean, saved, counts, resize == "student")
-                if resize != "teacher":  # the same for both
-                    kernels._sums(teacher, saved[2], mean, mean, False)
-                    kernels._sums(teacher, saved[2], mean, None, True)
+                kernels._sums(teacher, saved[2], mean)
             for kernel, compiled in found:
+                if compiled.hash in rows:  # the same for other widths or the other side
+                    continue
                 row = {"kernel": kernel.__name__.strip("_").removesuffix("_kernel"), "pair": pair, "resize": resize}
                 constants = {kernel.arg_names[i]: value for (i,), value in compiled.src.constants.items()}
                 tile = [str(constants[name]) for name in ("R", "G", "V", "C") if name in constants]
-                row |= {"sm": sm, "tile": "x".join(tile), "warps": compiled.metadata.num_warps}
-                rows.append(row | _inspect(compiled))
-    return rows
+                row |= {"student": dtype, "normalized": normalized, "sm": sm}
+                row |= {"tile": "x".join(tile), "warps": compiled.metadata.num_warps}
+                rows[compiled.hash] = row | _inspect(compiled)
+    return list(rows.values())
+
+
+def worst(rows: list[dict]) -> list[dict]:
+    """The most of every kind of kernel over all pairs of widths, and the pair of the most registers."""
+    kinds: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("kernel", "resize", "student", "normalized", "sm"))
+        kinds.setdefault(key, []).append(row)
+    most = ("registers", "spilled", "shared", "instructions", "barriers")
+    return [
+        max(group, key=lambda row: row["registers"]) | {name: max(row[name] for row in group) for name in most}
+        for group in kinds.values()
+    ]
 
 
 def _inspect(compiled) -> dict:
@@ -319,9 +335,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-report", action="store_true", help="print how the kernels compile, as markdown")
+    parser.add_argument("--worst", action="store_true", help="of the compile report, the most over all pairs alone")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loss"), help="folder of JSON and picture")
     parser.add_argument("--sm", nargs="+", type=int, default=list(ARCHITECTURES), help="architectures of the report")
-    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths")
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths, or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument(
@@ -336,8 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=100, help="milliseconds of each timing; on the CPU, calls")
     options = parser.parse_args(arguments)
     if options.compile_report:
-        rows = compile_report(options.pairs, options.sm, getattr(torch, options.dtype), options.normalize)
-        print(report_table(rows))
+        pairs = [f"{a}/{b}" for a in WIDTHS for b in WIDTHS] if options.pairs == ["all"] else options.pairs
+        rows = compile_report(pairs, options.sm, options.dtype, options.normalize)
+        print(report_table(worst(rows) if options.worst else rows))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here. Use --compile-report, or --device cpu for a smoke run.")

@@ -1,18 +1,17 @@
 """Shards, a tokenizer and a teacher at toy size, for the rehearsal of the GPU report: python .../toy_data.py OUT"""
 
-import json
 import pydoc_data.topics
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from streaming import MDSWriter
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from let_composer.cli import main as let_composer
-
 END = "<|endoftext|>"
+LENGTH = 64
 
 
 def main(out: Path) -> None:
@@ -24,13 +23,17 @@ def main(out: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     settings: Any = {"vocab_size": 512, "special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(**settings))
-    config = LlamaConfig(512, 32, 64, 2, 2, max_position_embeddings=64)  # vocabulary, width, MLP, blocks, heads
+    config = LlamaConfig(512, 32, 64, 2, 2, max_position_embeddings=LENGTH)  # vocabulary, width, MLP, blocks, heads
     LlamaForCausalLM(config).save_pretrained(out / "teacher")
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(out / "teacher")
-    lines = [json.dumps({"text": text, "meta": {"pile_set_name": "Reference"}}) for text in texts]
-    (out / "texts.jsonl").write_text("\n".join(lines) + "\n")
-    where = [str(out / "texts.jsonl"), "--out", str(out / "shards"), "--tokenizer", str(out / "teacher")]
-    let_composer(["prepare", *where, *shlex.split("--sequence-length 64 --validation 0.2 --workers 1 --quiet")])
+    tokens = [token for text in texts for token in (*bpe.encode(text).ids, bpe.token_to_id(END))]
+    rows = np.array(tokens[: len(tokens) // LENGTH * LENGTH], np.uint16).reshape(-1, LENGTH)
+    held_out, columns = len(rows) // 5, {"tokens": f"ndarray:uint16:{LENGTH}"}
+    for split, samples in (("train", rows[held_out:]), ("val", rows[:held_out])):
+        # Not by let-composer prepare, whose backports.zstd is not on every machine with a GPU.
+        with MDSWriter(out=str(out / "shards" / split), columns=columns, exist_ok=True) as writer:
+            for sample in samples:
+                writer.write({"tokens": sample})
 
 
 if __name__ == "__main__":
