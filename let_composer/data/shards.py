@@ -40,8 +40,8 @@ class Shards:
             self.state = json.loads(self.rest.pop("state").item())
             if differs := different(self.state["wanted"], wanted):
                 raise DataError(
-                    f"{work} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove it: "
-                    f"rm -r {work}"
+                    f"{work} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove "
+                    f"it: rm -r {work}"
                 )
         elif any(path.name != "state.npz.writing" for path in work.iterdir()):
             raise DataError(f"{work} is wanted for unfinished work, but holds something else. Choose another --work.")
