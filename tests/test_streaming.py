@@ -137,6 +137,8 @@ def test_interrupted_uploads(
                 patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
                 patch.setenv("AWS_MAX_ATTEMPTS", "1")
                 run(made, remote, work=work)
+            with pytest.raises(DataError, match=rf"unfinished work of another call \(remote: \"{remote}\" there"):
+                run(made, f"s3://{bucket}/elsewhere/{folder}", work=work)
         run(made, remote, work=work)
         names = listing(bucket, f"{folder}/").keys() - {"streams.yaml"}
         found = {name: client.get_object(Bucket=bucket, Key=f"{folder}/{name}")["Body"].read() for name in names}

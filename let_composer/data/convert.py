@@ -71,7 +71,7 @@ def convert(
         if manifest is None:
             if remote:
                 upload(folder, remote, [])  # is it there, and may we write?
-            shards = Shards(plan, wanted, folder, remote)
+            shards = Shards(plan, wanted | {"remote": remote}, folder)
             worker = plan, serialized, wanted["tokenizer"]["eos_id"], wanted["dtype"]
             _convert_pieces(shards, sources, worker, workers or len(os.sched_getaffinity(0)), proportions, progress)
             manifest = wanted | {"versions": {package: version(package) for package in VERSIONS}, "left_out": left_out}

