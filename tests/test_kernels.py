@@ -407,9 +407,10 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
-# Most registers and barriers of a kernel in Triton 3.3. Registers decide how many warps a multiprocessor keeps to hide
-# latency: 64 leave 32, 96 leave 20. Barriers are those of a sum over warps; 4 more where no width is a multiple of 32.
-LIMITS = {"forward": (96, 4), "mean": (60, 8), "backward": (80, 4), "sums": (64, 12)}
+# Most registers of a kernel in Triton 3.3, the same where the teacher is normalised, and most barriers. Registers say
+# how many warps a multiprocessor keeps to hide latency: 64 leave 32, 96 leave 20, 128 leave 16. Barriers are those of a
+# sum over warps, and of layouts that change where no width is a multiple of 32.
+LIMITS = {"forward": (96, 128, 4), "mean": (60, 60, 8), "backward": (80, 112, 4), "sums": (64, 64, 12)}
 
 
 # A sample of the grid that loss.py --compile-report --pairs all --worst goes through, the default side first.
@@ -418,7 +419,7 @@ LIMITS = {"forward": (96, 4), "mean": (60, 8), "backward": (80, 4), "sums": (64,
     ("pair", "architectures", "options"),
     [
         ("2048/768", (80, 90, 100), {}),
-        ("2048/768", (90,), {"normalized": True}),
+        ("4096/2048", (90,), {"normalized": True}),
         ("2048/768", (100,), {"dtype": "float32"}),
         ("768/2048", (80,), {}),
         ("2048/2048", (90,), {}),
@@ -435,8 +436,10 @@ def test_compiled_kernels(pair, architectures, options):
     assert {row["sm"] for row in rows} == set(architectures)
     assert {row["resize"] for row in rows} == ({"-"} if student == teacher else {"student", "teacher"})
     for row in rows:
-        registers, barriers = LIMITS[row["kernel"]]
-        assert row["spilled"] == 0 and row["registers"] <= registers and row["barriers"] <= barriers, row
+        *registers, barriers = LIMITS[row["kernel"]]
+        assert (
+            row["spilled"] == 0 and row["barriers"] <= barriers and row["registers"] <= registers[row["normalized"]]
+        ), row
         if student % 8 or teacher % 8:  # rows start where no vector can
             continue
         if row["kernel"] == "backward":
