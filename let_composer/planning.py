@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
 from let_composer.annealing import parse_stop, resolve_stop
-from let_composer.configuration import load, quiet, read_methods, refuse_unknown
+from let_composer.configuration import load, quiet, read_methods
 from let_composer.counting import (
     StudentCount,
     TeacherCount,
@@ -31,6 +31,7 @@ from let_composer.counting import (
 )
 from let_composer.data import write_json
 from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
+from let_composer.names import refuse_unknown
 from let_composer.options import Options
 from let_composer.teacher import build_body
 
