@@ -22,5 +22,5 @@ def refuse_unknown(where: str, names: Iterable[Any], known: Iterable[str]) -> No
     known = sorted(known)
     for name in map(str, names):
         if name not in known:
-            listed = f" There are {', '.join(known)}." if len(known) < 100 else ""
+            listed = f" There are {', '.join(known)}." if len(known) < 40 else ""
             raise ValueError(f"{where} has no {name!r}{nearest(name, known)}.{listed}")
