@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import let_composer
+from let_composer.names import nearest
 
 __all__ = ["VERBS", "main", "told"]
 
@@ -43,8 +44,6 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("verb", metavar="VERB")
     verb = top.parse_args(argv[:1]).verb
     if verb not in VERBS:
-        from let_composer.options import nearest  # takes seconds
-
         top.error(f"there is no verb {verb!r}{nearest(verb, VERBS)}.")
     module = importlib.import_module(VERBS[verb][0])
     parser = argparse.ArgumentParser(

@@ -5,16 +5,19 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig
 from omegaconf import OmegaConf as om
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from let_composer.options import Options, nearest, read_options
+from let_composer.names import refuse_unknown
 
-__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml", "refuse_unknown"]
+if TYPE_CHECKING:
+    from let_composer.options import Options
+
+__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -79,13 +82,14 @@ def _expand(algorithms: Any) -> dict[str, Any]:
     return expanded
 
 
-def read_methods(config: DictConfig) -> dict[str, Options]:
+def read_methods(config: DictConfig) -> dict[str, "Options"]:
     """The options of LET, RKD and SALT, where a YAML names them.
 
     Raises:
         ValueError: For an option that is unknown, of another type or out of range.
     """
     from let_composer import LET, RKD, SALT
+    from let_composer.options import read_options
 
     given: Any = om.to_container(config.get("algorithms") or om.create(), resolve=True)
     methods = {"let": LET, "rkd": RKD, "salt": SALT}
@@ -100,19 +104,6 @@ def check_names(algorithms: Iterable[str]) -> None:
     from llmfoundry import registry
 
     refuse_unknown("algorithms", algorithms, registry.algorithms.get_all())
-
-
-def refuse_unknown(where: str, names: Iterable[Any], known: Iterable[str]) -> None:
-    """Refuse names that nobody reads.
-
-    Raises:
-        ValueError: With the nearest name that is known.
-    """
-    known = sorted(known)
-    for name in map(str, names):
-        if name not in known:
-            listed = f" There are {', '.join(known)}." if len(known) < 100 else ""
-            raise ValueError(f"{where} has no {name!r}{nearest(name, known)}.{listed}")
 
 
 @contextlib.contextmanager

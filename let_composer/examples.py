@@ -8,7 +8,7 @@ import argparse
 from importlib.metadata import files
 from pathlib import Path
 
-from let_composer.configuration import refuse_unknown
+from let_composer.names import refuse_unknown
 
 __all__ = ["add_arguments", "examples", "run"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from let_composer.options import nearest
+from let_composer.names import nearest
 
 __all__ = ["METRIC", "Curve", "Run", "read_log", "read_run", "resolve_metric"]
 

@@ -1,11 +1,16 @@
 """What a run keeps on each GPU, estimated from what was counted."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
-from let_composer.counting import StudentCount, TeacherCount
+if TYPE_CHECKING:
+    import torch
+
+    from let_composer.counting import StudentCount, TeacherCount
 
 __all__ = ["HARDWARE", "Hardware", "checkpointing", "fits", "memory"]
 

@@ -1,7 +1,6 @@
 """The options of the methods, checked as soon as they are read. Planning reads them without building an algorithm."""
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
@@ -9,10 +8,11 @@ from typing import Any, ClassVar, Literal, get_args
 from let_composer.annealing import Anneal, parse_stop
 from let_composer.balance import sampling_step
 from let_composer.loss import Implementation, Resize
+from let_composer.names import nearest
 from let_composer.statistics import Normalize
 from let_composer.teacher import Placement
 
-__all__ = ["LETOptions", "Options", "RKDOptions", "nearest", "read_options", "refuse_unknown"]
+__all__ = ["LETOptions", "Options", "RKDOptions", "read_options", "refuse_unknown"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +171,6 @@ def refuse_unknown(method: type, unknown: Iterable[str]) -> None:
     known = [name for name in inspect.signature(method).parameters if name != "unknown"]
     described = ", ".join(f"{name!r}{nearest(name, known)}" for name in names)
     raise TypeError(f"{method.__name__} has no option {described}. Its options are {', '.join(known)}.")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)`` with the nearest known name, or nothing where none is near."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _require_type(name: str, value: Any, types: type | tuple[type, ...], expected: str) -> None:

@@ -8,33 +8,28 @@ mask, as is customary) and what it keeps for the backward pass; reads no data an
 what the allocator wastes and what NCCL and CUDA take for themselves is not in it. Evaluation takes time on top.
 """
 
+from __future__ import annotations  # counting takes seconds to import, --help should not
+
 import argparse
 import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING
 
-import torch
-from composer import Time
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-from let_composer.annealing import parse_stop, resolve_stop
-from let_composer.configuration import load, quiet, read_methods, refuse_unknown
-from let_composer.counting import (
-    StudentCount,
-    TeacherCount,
-    build_student,
-    count_student,
-    count_teacher,
-    teacher_config,
-)
+from let_composer.configuration import load, quiet, read_methods
 from let_composer.data import write_json
 from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
-from let_composer.options import Options
-from let_composer.teacher import build_body
+from let_composer.names import refuse_unknown
 
-__all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table", "teacher_config"]
+if TYPE_CHECKING:
+    from composer import Time
+
+    from let_composer.counting import StudentCount, TeacherCount
+
+__all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table"]
 
 NEEDED = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
 
@@ -92,6 +87,13 @@ def make_plan(
             reads, or a model that planning cannot count.
     """
     with quiet():
+        import torch
+        from composer import Time
+
+        from let_composer.annealing import parse_stop, resolve_stop
+        from let_composer.counting import build_student, count_student, count_teacher, teacher_config
+        from let_composer.teacher import build_body
+
         _check_keys(config)
         length, batch = int(config.max_seq_len), int(config.global_train_batch_size)
         if batch % gpus:
@@ -105,7 +107,7 @@ def make_plan(
         options = next(iter(methods.values()), None)
         body, guided, context, placement = None, 0.0, length, ""
         for other in methods.values():
-            if not other.same_teacher(cast(Options, options)):
+            if options and not other.same_teacher(options):
                 raise ValueError("planning knows one teacher: give all methods the same, with the same options.")
             stop = resolve_stop(parse_stop(other.stop), duration, None)
             guided = max(guided, 0.0 if other.off else min(steps, _steps(stop, batch, tokens_a_step)))

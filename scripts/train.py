@@ -18,7 +18,8 @@ from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-from let_composer.configuration import load, read_methods, refuse_unknown
+from let_composer.configuration import load, read_methods
+from let_composer.names import refuse_unknown
 
 __all__ = ["main"]
 

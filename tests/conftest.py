@@ -14,6 +14,7 @@ from composer.loggers import InMemoryLogger
 from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
 from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
+from omegaconf import OmegaConf as om
 from texts import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,6 +62,53 @@ def teacher_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+# llm-foundry's own mpt-small-cpu, in its keys and values where they concern us, on local shards and few tokens.
+FOUNDRY = f"""
+variables:
+  data: ???
+  tokenizer: ???
+model:
+  name: mpt_causal_lm
+  d_model: 32
+  n_heads: 2
+  n_layers: 4
+  expansion_ratio: 4
+  max_seq_len: {LENGTH}
+  vocab_size: {VOCABULARY}
+  no_bias: true
+  attn_config: {{attn_impl: torch}}
+  loss_fn: torch_crossentropy
+tokenizer: {{name: "${{variables.tokenizer}}", kwargs: {{model_max_length: {LENGTH}}}}}
+max_seq_len: {LENGTH}
+train_loader: &loader
+  name: text
+  dataset: &data {{local: "${{variables.data}}", split: train, shuffle: true, max_seq_len: {LENGTH}, shuffle_seed: 17}}
+  drop_last: true
+  num_workers: 2
+eval_loader: {{<<: *loader, dataset: {{<<: *data, split: val, shuffle: false}}, drop_last: false}}
+scheduler: {{name: cosine_with_warmup, t_warmup: 2ba, alpha_f: 0.1}}
+optimizer: {{name: decoupled_adamw, lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0}}
+algorithms: {{gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}}}
+max_duration: 100ba
+eval_interval: 3ba
+eval_first: true
+global_train_batch_size: 8
+device_train_microbatch_size: 4
+device_eval_batch_size: 8
+precision: fp32
+seed: 17
+log_to_console: false
+loggers: {{inmemory: {{}}}}
+callbacks: {{speed_monitor: {{window_size: 10}}, lr_monitor: {{}}, memory_monitor: {{}}, runtime_estimator: {{}}}}
+"""
+
+
+def foundry_yaml(folder: Path, **changes: Any) -> str:
+    """Write a complete YAML for llm-foundry, which leaves open where data and tokenizer are; returns its path."""
+    om.save(om.merge(om.create(FOUNDRY), changes), folder / "run.yaml")
+    return str(folder / "run.yaml")
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import step as script  # scripts/benchmarks/step.py
 import torch
-from conftest import LENGTH, VOCABULARY
+from conftest import VOCABULARY, foundry_yaml
 from llmfoundry.models.layers.blocks import MPTBlock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer was not provided")
@@ -14,26 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tokenizer was not provided")
 
 @pytest.fixture
 def run(tmp_path, teacher_folder) -> str:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"""
-model:
-  name: mpt_causal_lm
-  d_model: 32
-  n_heads: 2
-  n_layers: 4
-  max_seq_len: {LENGTH}
-  vocab_size: {VOCABULARY}
-  attn_config: {{attn_impl: torch}}
-  loss_fn: torch_crossentropy
-max_seq_len: {LENGTH}
-optimizer: {{name: decoupled_adamw, lr: 1.0e-3}}
-algorithms: {{let: {{teacher: {teacher_folder}}}}}
-max_duration: 100ba
-global_train_batch_size: 4
-device_train_microbatch_size: 2
-precision: fp32
-""")
-    return str(path)
+    return foundry_yaml(tmp_path, algorithms={"let": {"teacher": teacher_folder}})
 
 
 def test_three_kinds_of_steps_take_turns(run, tmp_path, capsys):
@@ -74,7 +55,7 @@ def test_what_the_yaml_names_is_what_runs(run, monkeypatch, wrapped):
         overrides += [f"fsdp_config.{key}" for key in ("sharding_strategy=FULL_SHARD", "activation_checkpointing=true")]
         overrides += ["fsdp_config.activation_checkpointing_reentrant=false"]
     found = list(script.measure(script.load(run, overrides), rounds=2, steps=3))
-    assert len(found) == 2 and found[-1]["guided"].microbatch == 2
+    assert len(found) == 2 and found[-1]["guided"].microbatch == 4
     assert calls == [(batch, wrapped) for _ in range(2) for batch in (0, 0, 1, 1, 2, 2)]  # two microbatches a step
     assert len(blocks) == 2 * 3 * 3 * 2 * 4 * (2 if wrapped else 1)  # rounds, kinds, steps, microbatches, blocks
 

@@ -18,12 +18,6 @@ from let_composer.cli import VERBS, main
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_wrong_verb_has_a_nearest_right_one(capsys):
-    with pytest.raises(SystemExit):
-        main(["compair"])
-    assert "there is no verb 'compair' (did you mean 'compare'?)" in capsys.readouterr().err
-
-
 def test_what_a_user_can_put_right_is_told_in_a_line(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
@@ -35,6 +29,9 @@ def test_what_a_user_can_put_right_is_told_in_a_line(capsys, monkeypatch, tmp_pa
         assert main(arguments) == 1
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
+    with pytest.raises(SystemExit):
+        main(["compair"])
+    assert "there is no verb 'compair' (did you mean 'compare'?)" in capsys.readouterr().err
 
 
 def is_program(path: Path) -> bool:
@@ -57,24 +54,23 @@ def test_help_shows_the_docstring_as_it_is_written(program, capsys, monkeypatch)
     assert len(lines) > 1 and set(map(str.rstrip, lines)) <= set(map(str.rstrip, shown.splitlines()))
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
+@pytest.fixture
+def installed(tmp_path) -> Path:
     """The command of a wheel in an environment of its own, which sees the locked packages but not the repository."""
-    folder = tmp_path_factory.mktemp("wheel")
     for name in ("let_composer", "yamls", "pyproject.toml", "README.md", "LICENSE"):  # a build writes beside its source
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        (folder / "source").mkdir(exist_ok=True)
-        copy(ROOT / name, folder / "source" / name)
+        (tmp_path / "source").mkdir(exist_ok=True)
+        copy(ROOT / name, tmp_path / "source" / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tmp_path / "source")]
     subprocess.run([*pip, *build], check=True)
-    venv.create(folder / "env")
-    (packages,) = (folder / "env").glob("lib/python*/site-packages")
+    venv.create(tmp_path / "env")
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     (packages / "locked.pth").write_text("\n".join(site.getsitepackages()))
-    (wheel,) = folder.glob("*.whl")
-    python = str(folder / "env" / "bin" / "python")
+    (wheel,) = tmp_path.glob("*.whl")
+    python = str(tmp_path / "env" / "bin" / "python")
     subprocess.run([*pip, "--python", python, "install", "--no-deps", "--ignore-installed", str(wheel)], check=True)
-    return folder / "env" / "bin" / "let-composer"
+    return tmp_path / "env" / "bin" / "let-composer"
 
 
 @pytest.mark.slow
@@ -83,22 +79,19 @@ def test_a_wheel_outside_of_the_repository(installed, tmp_path, teacher_folder):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run([installed, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        assert arguments[0] != "plan" or not done.stderr  # nothing of what libraries say
         return done.stdout
 
     assert all(verb in call("--help") for verb in VERBS)
-    for verb in VERBS:
-        assert f"usage: let-composer {verb}" in call(verb, "--help")
-    (tmp_path / "my.yaml").write_text(call("yaml", "let_1b4"))
-    assert (tmp_path / "my.yaml").read_text() == (ROOT / "yamls" / "let_1b4.yaml").read_text()
     assert "let_1b4 " in call("yaml")
+    (tmp_path / "my.yaml").write_text(call("yaml", "let_1b4"))
     plan = call("plan", "my.yaml", "--gpus", "32", "--gpu", "h100", "run_name=mine")
     assert plan.startswith("run ") and "mine" in plan and "fits in 79 GiB" in plan
     texts = [{"text": f"w{i} " * 40, "meta": {"pile_set_name": "Toy"}} for i in range(30)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     shape = ["--sequence-length", "16", "--validation", "0.2", "--workers", "1"]
     call("prepare", "texts.jsonl", "--out", "shards", "--tokenizer", teacher_folder, *shape)
-    assert json.loads((tmp_path / "shards" / "manifest.json").read_text())["sequence_length"] == 16
-    call("verify", "shards")
+    assert "hashes right" in call("verify", "shards")
     rows = ["step,time/token,metrics/eval/LanguageCrossEntropy", "0,0,", "1,100,", "2,200,3.5"]
     for name in ("a", "b"):
         (tmp_path / f"{name}.csv").write_text("\n".join(rows))

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from let_composer import LET
 from let_composer import comparing as script
-from let_composer.comparing import crossing, group, spread, summarize, table, verdict
+from let_composer.comparing import crossing, group, summarize, table, verdict
 from let_composer.logs import read_log, read_run
 from let_composer.picture import PALETTE
 
@@ -68,12 +68,6 @@ def test_crossing():
     assert crossing(curve, 7.0) == 10
     assert crossing(curve, 3.9) is None
     assert crossing((curve[0], np.array([6.0, np.nan, 4.0])), 3.9) is None
-
-
-def test_spread_is_over_what_is_there():
-    assert spread([1.0, None, 3.0]) == {"mean": 2, "min": 1, "max": 3, "std": pytest.approx(math.sqrt(2)), "n": 2}
-    assert spread([5.0]) == {"mean": 5, "min": 5, "max": 5, "std": 0, "n": 1}
-    assert spread([None, None]) is None
 
 
 def test_folders_that_differ_in_their_seed_alone_are_one_arm(tmp_path):

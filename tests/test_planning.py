@@ -2,19 +2,18 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import foundry_yaml
 from llmfoundry.models.mpt import ComposerMPTCausalLM
 from omegaconf import OmegaConf as om
 from transformers import GPTNeoXConfig
 
 from let_composer import planning as script
 from let_composer.configuration import load
-from let_composer.counting import build_student, count_student, refuse_uncountable
+from let_composer.counting import build_student, count_student, refuse_uncountable, teacher_config
 from let_composer.teacher import Teacher, build_body
 
 YAMLS = Path(__file__).parents[1] / "yamls"
@@ -32,30 +31,7 @@ def plan(path: str, *overrides: str, gpus: int = 1, hardware: script.Hardware | 
 
 @pytest.fixture
 def small(tmp_path, teacher_folder) -> str:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"""
-model:
-  name: mpt_causal_lm
-  d_model: 32
-  n_heads: 2
-  n_layers: 4
-  expansion_ratio: 4
-  max_seq_len: 16
-  vocab_size: 64
-  no_bias: true
-  attn_config: {{attn_impl: torch}}
-max_seq_len: 16
-tokenizer: {{name: nowhere}}
-optimizer: {{name: decoupled_adamw}}
-algorithms: {{let: {{teacher: {teacher_folder}, weight: 0.1, stop: 0.5dur}}}}
-max_duration: 100ba
-global_train_batch_size: 8
-device_train_microbatch_size: 4
-precision: fp32
-variables:
-  data: ???
-""")
-    return str(path)
+    return foundry_yaml(tmp_path, algorithms={"let": {"teacher": teacher_folder, "weight": 0.1, "stop": "0.5dur"}})
 
 
 @pytest.mark.parametrize(
@@ -91,7 +67,7 @@ def test_the_sized_yamls_cost_what_their_first_lines_say(name, millions):
     [("14m", 1_189_888), ("70m", 18_915_328), ("160m", 85_056_000), ("410m", 302_311_424), ("1b", 805_736_448)],
 )
 def test_the_shapes_of_the_known_teachers(size, parameters):
-    config = script.teacher_config(f"EleutherAI/pythia-{size}@step1000")
+    config = teacher_config(f"EleutherAI/pythia-{size}@step1000")
     assert isinstance(config, GPTNeoXConfig)
     body = build_body(config)
     assert all(p.device.type == "meta" for p in body.parameters())
@@ -143,19 +119,16 @@ def test_a_teacher_cut_at_a_layer_costs_less(small, teacher_folder):
     assert cut.teacher.matmul_parameters == Teacher(teacher_folder, layer=1).parameters
 
 
-def test_checkpointing_sharding_and_memory(small):
+def test_checkpointing_sharding_placement_and_memory(small, capsys):
     plain = plan(small, gpus=4)
-    sharded = plan(small, "fsdp_config={activation_checkpointing: true}", gpus=4)
+    sharded = plan(small, "fsdp_config={activation_checkpointing: true}", "algorithms.let.placement=shard", gpus=4)
     assert sharded.memory["weights"] * 4 == plain.memory["weights"] == plain.student.parameters * 4 / 2**30
     assert sharded.memory["activations"] < plain.memory["activations"]
     assert sharded.step_flops == plain.step_flops + 8 * 16 * plain.student.block_flops
-
-
-def test_a_teacher_is_planned_where_it_is_placed_and_a_run_that_is_too_big_said_so(capsys):
-    seven = str(YAMLS / "let_7b.yaml")
-    whole, shard = (plan(seven, f"algorithms.let.placement={where}", gpus=32) for where in ("replicate", "shard"))
-    assert whole.teacher and whole.memory["teacher"] > 1.5 * shard.memory["teacher"]
-    call(seven, "--gpus", "32", "--gpu", "mine", "--tflops", "100", "--memory", "21")
+    assert plain.teacher
+    spared = plain.teacher.parameters * 3 / 4 - 2 * plain.teacher.largest_unit
+    assert plain.memory["teacher"] - sharded.memory["teacher"] == pytest.approx(4 * spared / 2**30)
+    call(small, "--gpus", "1", "--gpu", "mine", "--tflops", "100", "--memory", "0.0001")
     assert "does not fit" in capsys.readouterr().out
 
 
@@ -211,18 +184,12 @@ def test_models_that_are_not_dense_transformers_are_refused(entries, message):
         refuse_uncountable(entries, "the student")
 
 
-def test_the_json_has_all_of_it_and_nothing_else_is_said(small, tmp_path):
-    code = f"import argparse, sys\nfrom let_composer import planning as p\n{CALL}"
-    arguments = [small, "--gpus", "1", "--gpu", "h100", "--price", "2.5", "--out", str(tmp_path / "out" / "plan.json")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+def test_the_json_has_all_of_it(small, tmp_path):
+    call(small, "--gpus", "1", "--gpu", "h100", "--price", "2.5", "--out", str(tmp_path / "out" / "plan.json"))
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert written["student"]["flops"] == plan(small).student.flops
     assert written["price"] == pytest.approx(2.5 * written["hours"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
-
-
-CALL = "a = argparse.ArgumentParser()\np.add_arguments(a)\np.run(a.parse_intermixed_args(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize(

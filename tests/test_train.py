@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import train as script  # scripts/train.py
+from conftest import foundry_yaml
 from llmfoundry import registry
 from llmfoundry.command_utils.train import train_from_yaml
 from omegaconf import OmegaConf as om
@@ -118,79 +119,29 @@ def test_the_entry_point_is_installed():
 
 
 @pytest.fixture
-def shards(tmp_path, tokenizer) -> Path:
+def shards(tmp_path, tokenizer) -> dict[str, str]:
+    """Random tokens, as the variables of a YAML."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         with MDSWriter(out=str(tmp_path / "shards" / split), columns={"tokens": "ndarray:int32"}) as writer:
             for _ in range(40):
                 writer.write({"tokens": generator.integers(0, 62, 16, dtype=np.int32)})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    return tmp_path
-
-
-# llm-foundry's own mpt-small-cpu, in its keys and values where they concern LET, on local shards and 16 tokens.
-SMALL_CPU = """
-variables: {{data: {root}/shards}}
-model:
-  name: mpt_causal_lm
-  d_model: 16
-  n_heads: 4
-  n_layers: 4
-  expansion_ratio: 5
-  max_seq_len: 16
-  vocab_size: 64
-  attn_config: {{attn_impl: torch}}
-  loss_fn: torch_crossentropy
-tokenizer: {{name: {root}/tokenizer, kwargs: {{model_max_length: 16}}}}
-max_seq_len: 16
-train_loader:
-  name: text
-  dataset: {{local: "${{variables.data}}", split: train, shuffle: true, max_seq_len: 16, shuffle_seed: 17}}
-  drop_last: true
-  num_workers: 2
-eval_loader:
-  name: text
-  dataset: {{local: "${{variables.data}}", split: val, shuffle: false, max_seq_len: 16}}
-  drop_last: false
-  num_workers: 2
-scheduler: {{name: cosine_with_warmup, t_warmup: 2ba, alpha_f: 0.1}}
-optimizer: {{name: decoupled_adamw, lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0}}
-algorithms:
-  gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}
-{let}
-max_duration: 6ba
-eval_interval: 3ba
-eval_first: true
-global_train_batch_size: 8
-device_train_microbatch_size: 4
-device_eval_batch_size: 8
-precision: fp32
-seed: 17
-log_to_console: false
-loggers: {{inmemory: {{}}}}
-callbacks:
-  speed_monitor: {{window_size: 10}}
-  lr_monitor: {{}}
-  memory_monitor: {{}}
-  runtime_estimator: {{}}
-"""
+    return {"data": str(tmp_path / "shards"), "tokenizer": str(tmp_path / "tokenizer")}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # llm-foundry's, streaming's and multiprocessing's own; what is tested is the run
-def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder, capsys):
+def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, tmp_path, teacher_folder, capsys):
     """Through llm-foundry's own entry, not ours."""
 
-    def run(let: str) -> Any:
-        path = shards / "run.yaml"
-        path.write_text(SMALL_CPU.format(root=shards, let=let))
-        trainer = train_from_yaml(str(path))
+    def run(**algorithms: Any) -> Any:
+        trainer = train_from_yaml(foundry_yaml(tmp_path, variables=shards, max_duration="6ba", algorithms=algorithms))
         logged = trainer.logger.destinations[0].data
         trainer.close()
         return {name: [value for _, value in points] for name, points in logged.items()}
 
-    plain = run("")
-    guided = run(f"  let: {{teacher: {teacher_folder}, weight: 1.0, stop: 0.5dur}}")
+    plain, guided = run(), run(let={"teacher": teacher_folder, "weight": 1.0, "stop": "0.5dur"})
     shown = capsys.readouterr().err  # llm-foundry replaces the root logger's handlers
     for line in ("for model.transformer.blocks.2", "LET guides until 3ba", "the teacher is released"):
         assert line in shown
@@ -202,23 +153,10 @@ def test_one_line_added_to_a_foundry_yaml_trains_with_let(shards, teacher_folder
     assert guided["let/lm_loss"][0] == pytest.approx(plain["loss/train/total"][0])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sequence_length": 32}, "hold sequences of 32 tokens, but max_seq_len is 16"),
-        (
-            {"tokenizer": {"vocabulary_size": 9, "name": "other", "fingerprint": "sha256:0"}},
-            "made with the tokenizer 'other'",
-        ),
-    ],
-)
-def test_shards_made_otherwise_are_refused_before_training(shards, teacher_folder, changes, message):
+def test_shards_made_otherwise_are_refused_before_training(shards):
     made = {"vocabulary_size": 62, "name": "here", "fingerprint": "sha256:0"}
-    manifest = {"sequence_length": 16, "tokenizer": made, **changes}
-    (shards / "shards" / "train" / "manifest.json").write_text(json.dumps(manifest))
-    path = shards / "run.yaml"
-    path.write_text(SMALL_CPU.format(root=shards, let=f"  let: {{teacher: {teacher_folder}}}"))
-    with pytest.raises(ValueError, match=message):
-        train_from_yaml(str(path))
+    manifest = Path(shards["data"]) / "train" / "manifest.json"
+    manifest.write_text(json.dumps({"sequence_length": 32, "tokenizer": made}))
+    with pytest.raises(ValueError, match="hold sequences of 32 tokens, but max_seq_len is 16"):
+        train_from_yaml(foundry_yaml(manifest.parent, variables=shards))

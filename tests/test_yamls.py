@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from llmfoundry import registry
+from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig, make_dataclass_and_log_config
 from omegaconf import OmegaConf as om
 
 from let_composer import LET
@@ -27,6 +28,14 @@ def test_what_is_commented_out_is_every_other_key_with_its_default(path):
     assert set(whole["loggers"]) == {"tensorboard", "wandb", "mlflow"} <= set(registry.loggers.get_all())
     assert set(whole["callbacks"]) > set(live["callbacks"])
     assert set(whole["callbacks"]) <= {*registry.callbacks.get_all(), *registry.callbacks_with_config.get_all()}
+
+
+@pytest.mark.parametrize("path", SIZED, ids=lambda path: path.stem)
+def test_llm_foundry_takes_it_as_it_is(path):
+    """Without our train script: all keys known, none left open but where the data is."""
+    config = om.merge(om.load(path), {"variables": {"data_local": "shards"}})
+    _, read = make_dataclass_and_log_config(config, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
+    assert read.eval_loader["dataset"]["split"] == "val" and not read.eval_loader["dataset"]["shuffle"]
 
 
 def test_one_shape_of_file_for_all_sizes():

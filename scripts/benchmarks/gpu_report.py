@@ -103,7 +103,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     ]
     if memory_gib > 100 or rehearse:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
         found += [step("7b", 4 if has_flash else 2, 2 if has_flash else 1), model("teacher", "7b", 1, 1)]
-    command = ["scripts/sweep.py", EVIDENCE, "--workers", "1", "--runs", str(out / "evidence-125m")]
+    command = ["scripts/evidence/sweep.py", EVIDENCE, "--workers", "1", "--runs", str(out / "evidence-125m")]
     command += ["variables.attention=flash"] if has_flash else []
     toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba eval_subset_num_batches=1"
     toy += " global_train_batch_size=2 device_train_microbatch_size=1 device_eval_batch_size=1"

@@ -34,7 +34,8 @@ from transformers import AutoConfig, AutoModel
 from let_composer import LET
 from let_composer.cli import told
 from let_composer.configuration import load
-from let_composer.planning import HARDWARE, Hardware, Plan, make_plan, teacher_config
+from let_composer.counting import teacher_config
+from let_composer.planning import HARDWARE, Hardware, Plan, make_plan
 
 __all__ = ["Measurement", "build", "main", "measure", "table"]
 
