@@ -86,13 +86,17 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     def step(size: str, batch: int, micro: Any, *options: str, name: str = "") -> Part:
         return model("step", size, batch, micro, "--gpu", gpu, *options, name=name)
 
+    def teacher(size: str, batch: int) -> list[Part]:  # apart: one that fails may leave the device unusable
+        options = [("--form", form) for form in ("eager", "captured", "compiled")]
+        return [model("teacher", size, batch, batch, *o, name=f"teacher-{size}-{o[1]}") for o in options]
+
     small = 8 if has_flash else 2
     found = [
         Part("ceilings", [f"{FOLDER}/gpu_report.py", "--ceilings", "--out", str(out)], 120, gpu="bandwidth and rate"),
         tests("kernel-tests", "tests/test_kernels.py", 240, "every case: they are collected and skipped here"),
         loss("loss"),
         step("1b4", 2 * small, small),
-        model("teacher", "1b4", small, small),
+        *teacher("1b4", small),
         tests("trainer-tests", "tests/test_gpu.py", 300, "every case: they are collected and skipped here"),
         loss("loss-teacher", "--resize", "teacher"),
         step("125m", 32, 16),
@@ -102,7 +106,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
         step("350m", 16, 8),
     ]
     if memory_gib > 100 or rehearse:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
-        found += [step("7b", 4 if has_flash else 2, 2 if has_flash else 1), model("teacher", "7b", 1, 1)]
+        found += [step("7b", 4 if has_flash else 2, 2 if has_flash else 1), *teacher("7b", 1)]
     command = ["scripts/evidence/sweep.py", EVIDENCE, "--workers", "1", "--runs", str(out / "evidence-125m")]
     command += ["variables.attention=flash"] if has_flash else []
     toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba eval_subset_num_batches=1"

@@ -25,7 +25,9 @@ from let_composer.loss import alignment_loss
 from let_composer.student import resolve_layer
 from let_composer.teacher import Teacher
 
-__all__ = ["main"]
+__all__ = ["FORMS", "main"]
+
+FORMS = ("eager", "compiled", "captured")
 
 
 def captured(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -65,6 +67,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", help="a training YAML of llm-foundry with algorithms.let")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for scripts/train.py")
+    parser.add_argument("--form", choices=FORMS, nargs=1, default=FORMS, help="one alone (default: all)")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True, help="path without suffix: writes OUT.json")
     args = parser.parse_intermixed_args(arguments)
@@ -104,10 +107,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     }
     alone, rows = milliseconds(student, args.repeats), []
     print(f"student alone {alone:.3f} ms, microbatch of {size[0]} x {size[1]}, {mask.numel()} tokens")
-    for name, make in forms.items():
+    for name in args.form:
         row: dict[str, Any] = {"form": name, "student_ms": alone}
         try:
-            run = make()
+            run = forms[name]()
             row["teacher_ms"] = milliseconds(run, args.repeats)
             row["in_line_ms"] = milliseconds(lambda run=run: student(after=run), args.repeats)
             stream: Any = torch.cuda.Stream()
