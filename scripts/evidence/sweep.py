@@ -19,6 +19,7 @@ import argparse
 import fnmatch
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
@@ -26,10 +27,8 @@ import runpy
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -149,33 +148,38 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))))
     import llmfoundry.command_utils  # noqa: F401  (half a minute: once, and every run is a fork)
 
-    fork, starting, failed = multiprocessing.get_context("fork"), threading.Lock(), set[str]()
+    fork, failed = multiprocessing.get_context("fork"), set[str]()
 
-    def work(job: Job) -> None:
-        if job.needs & failed:
+    def start(job: Job) -> Any:
+        shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
+        (runs / f"{job.name}.done").unlink(missing_ok=True)
+        om.save(job.config, runs / f"{job.name}.yaml")
+        process = fork.Process(target=_train, args=(runs / f"{job.name}.yaml", threads))
+        process.start()
+        process.join(APART)
+        return process
+
+    def finish(job: Job, exit_status: int) -> None:
+        if exit_status:
             failed.add(job.name)
+            print(f"{job.name}: failed ({exit_status}), see {runs / job.name}.log", flush=True)
             return
-        with starting:
-            start = time.monotonic()
-            shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
-            (runs / f"{job.name}.done").unlink(missing_ok=True)
-            om.save(job.config, runs / f"{job.name}.yaml")
-            process = fork.Process(target=_train, args=(runs / f"{job.name}.yaml", threads))
-            process.start()
-            process.join(APART)
-        process.join()
-        if process.exitcode == 0:
-            with replacing(runs / f"{job.name}.done") as partial:
-                partial.write_text(om.to_yaml(job.config))
-            print(f"{job.name}: {time.monotonic() - start:.0f} s", flush=True)
-        else:
-            failed.add(job.name)
-            print(f"{job.name}: failed ({process.exitcode}), see {runs / job.name}.log", flush=True)
+        with replacing(runs / f"{job.name}.done") as partial:
+            partial.write_text(om.to_yaml(job.config))
+        print(f"{job.name}: done", flush=True)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for teachers in (True, False):
-            for _ in pool.map(work, [job for job in waiting if teachers == (job.arm == "")]):
-                pass
+    for teachers in (True, False):  # forks of this thread alone: one of a pool's could not end
+        queue, running = [job for job in waiting if teachers == (job.arm == "")], dict[Any, Job]()
+        while queue or running:
+            if queue and queue[0].needs & failed:
+                failed.add(queue.pop(0).name)
+            elif queue and len(running) < workers:
+                job = queue.pop(0)
+                running[start(job)] = job
+            else:
+                multiprocessing.connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if not process.is_alive()]:
+                finish(running.pop(process), process.exitcode)
     return [job.name for job in waiting if job.name in failed]
 
 
