@@ -117,11 +117,11 @@ def test_text_is_reused_and_damage_is_seen(tmp_path: Path, subsets: list[str]) -
     good = (folder / "pile-cc.jsonl.zst").read_bytes()
     (folder / "pile-cc.jsonl.zst").write_bytes(good[:-9])
     # And a call that was killed left this behind:
-    (tmp_path / "pile.partial").mkdir()
-    (tmp_path / "pile.partial" / "junk.jsonl.zst").write_bytes(b"half")
+    (tmp_path / "pile.writing").mkdir()
+    (tmp_path / "pile.writing" / "junk.jsonl.zst").write_bytes(b"half")
     sample_data.build_text(tmp_path, "small")
     assert (folder / "pile-cc.jsonl.zst").read_bytes() == good and not (folder / "junk.jsonl.zst").exists()
-    assert not (tmp_path / "pile.partial").exists()
+    assert not (tmp_path / "pile.writing").exists()
 
 
 def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
