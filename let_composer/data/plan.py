@@ -31,7 +31,7 @@ class Plan:
     by_subset: bool = False  # one stream for each pile_set_name
     eos: str | None = None  # text that ends each document; default: the tokenizer's own
     on_error: Literal["stop", "skip"] = "stop"  # at a document or file that cannot be read
-    shuffle_seed: int | None = 17  # of the order of pieces; None keeps the order of the input
+    shuffle_seed: int | None = 17  # of the order of shards; None keeps the order of the input
     text_key: str = "text"  # name of the field or column with the text
     shard_bytes: int = 16 << 20  # of a shard before compression: some 32 MiB of text
     piece_bytes: int = 8 << 20  # input bytes given to a worker at a time; no byte written depends on it
