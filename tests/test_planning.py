@@ -36,7 +36,7 @@ def small(tmp_path, teacher_folder) -> str:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("let_125m", 123.6), ("let_350m", 359.9), ("let_1b4", 1401.8), ("baseline_3b", 2984.3), ("let_7b", 6989.5)],
+    [("let_125m", 123.6), ("let_1b4", 1401.8), ("baseline_3b", 2984.3), ("let_7b", 6989.5)],
 )
 def test_the_sized_yamls_cost_what_their_first_lines_say(name, millions):
     """And planning them needs no network."""
@@ -44,7 +44,7 @@ def test_the_sized_yamls_cost_what_their_first_lines_say(name, millions):
     found = plan(str(path), gpus=8, hardware=script.HARDWARE["h100"])
     more = plan(str(path), gpus=32, hardware=script.HARDWARE["h100"])
     assert found.student.parameters / 1e6 == pytest.approx(millions, abs=0.1)
-    assert found.tokens == pytest.approx({"let_125m": 2.5e9, "let_350m": 7e9}.get(name, 20e9), rel=0.01)
+    assert found.tokens == pytest.approx(2.5e9 if name == "let_125m" else 20e9, rel=0.01)
     model = om.load(path).model
     attention = 12 * model.n_layers * 2048 * model.d_model
     assert found.student.flops == pytest.approx(6 * found.student.matmul_parameters + attention, rel=1e-3)

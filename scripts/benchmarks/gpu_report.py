@@ -103,7 +103,6 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
         step("1b4", 4 * small, "auto", name="step-1b4-auto"),
         loss("loss-normalized", "--normalize", "--pairs", "2048/768", "4096/2048"),
         loss("loss-fp32", "--dtype", "float32", "--pairs", "2048/768", "4096/2048"),
-        step("350m", 16, 8),
     ]
     if memory_gib > 100 or rehearse:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
         found += [step("7b", 4 if has_flash else 2, 2 if has_flash else 1), *teacher("7b", 1)]
