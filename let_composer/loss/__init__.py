@@ -5,7 +5,7 @@ Nothing in this package imports Composer.
 
 import functools
 import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,10 +26,19 @@ class Alignment(NamedTuple):
     inverse_norm: Tensor  # [...]: 1 / |target row|, 0 where it has no direction or does not count; for target_sum
 
 
-def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+def alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    teacher_mean: Tensor | None = None,
+    teacher_std: Tensor | None = None,
+    resize: Resize = "student",
+    implementation: Implementation = "auto",
+) -> Tensor:
     """Mean negative cosine between a student's and a frozen teacher's hidden states.
 
-    ``L = mean over tokens with mask of -cos(student, resize((teacher - teacher_mean) / teacher_std))``
+    ``L = mean over tokens with mask of -cos(student, (teacher - teacher_mean) / teacher_std)``
 
     The negative cosine per token is the paper's L_proj (arXiv 2602.05393); the mean over tokens, the treatment of rows
     without a direction and ``align_corners=False`` are our choice, the paper's record is silent.
@@ -38,7 +47,11 @@ def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None,
         student: Hidden states of the student, ``[..., D_s]``. The only input that receives a gradient.
         teacher: Hidden states of the teacher, ``[..., D_t]``, detached.
         mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
-        **options: Of :func:`alignment`: ``teacher_mean``, ``teacher_std``, ``resize``, ``implementation``.
+        teacher_mean: Subtracted from every teacher row, ``[D_t]``. Default: ``None``.
+        teacher_std: Divides every teacher row, ``[D_t]``, positive. Default: ``None``.
+        resize: Whose features are linearly interpolated to the other's width when ``D_s != D_t``.
+            Default: ``"student"``, as in LET.
+        implementation: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA, torch elsewhere. Default: ``"auto"``.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 inputs), between -1 and 1; 0 when no token counts. Nothing is synchronised with
@@ -47,7 +60,15 @@ def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None,
     Raises:
         ValueError: If shapes or options do not fit, or the teacher requires a gradient.
     """
-    return alignment(student, teacher, mask, **options).loss
+    return alignment(
+        student,
+        teacher,
+        mask,
+        teacher_mean=teacher_mean,
+        teacher_std=teacher_std,
+        resize=resize,
+        implementation=implementation,
+    ).loss
 
 
 def alignment(
@@ -60,18 +81,7 @@ def alignment(
     resize: Resize = "student",
     implementation: Implementation = "auto",
 ) -> Alignment:
-    """:func:`alignment_loss`, and what it found out on the way.
-
-    Args:
-        student: As in :func:`alignment_loss`, like what is raised.
-        teacher: As there.
-        mask: As there.
-        teacher_mean: Subtracted from every teacher row, ``[D_t]``. Default: ``None``.
-        teacher_std: Divides every teacher row, ``[D_t]``, positive. Default: ``None``.
-        resize: Whose features are linearly interpolated to the other's width when ``D_s != D_t``.
-            Default: ``"student"``, as in LET.
-        implementation: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on CUDA, torch elsewhere. Default: ``"auto"``.
-    """
+    """:func:`alignment_loss`, with its arguments and errors, and what it found out on the way."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student and teacher must agree in all but the last dimension, got {list(student.shape)} and "
@@ -107,11 +117,11 @@ def target_sum(
         teacher: Hidden states of the teacher, ``[..., D_t]``.
         mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
         width: The width in which cosines are taken: ``D_s`` when the teacher is resized. Default: ``None``, ``D_t``.
-        teacher_mean: As in :func:`alignment`. Default: ``None``.
+        teacher_mean: As in :func:`alignment_loss`. Default: ``None``.
         teacher_std: As in :func:`alignment_loss`. Default: ``None``.
         inverse_norm: Of :func:`alignment` for the same teacher, mask and statistics, taken in ``width``; saves a pass
             over the states. Default: ``None``, found here.
-        implementation: As in :func:`alignment`. Default: ``"auto"``.
+        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
 
     Returns:
         ``[width]`` in fp32 (fp64 for fp64 inputs), without a gradient.
@@ -145,7 +155,7 @@ def feature_sums(
         teacher: Hidden states of the teacher, ``[..., D_t]``. Rows that are not finite are left out.
         mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
         shift: Subtracted from every row first, ``[D_t]``; near the mean it keeps the sums small. Default: ``None``.
-        implementation: As in :func:`alignment`. Default: ``"auto"``.
+        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
 
     Returns:
         ``[1 + 2 * D_t]`` in fp64, without a gradient: the number of rows, ``sum(t - shift)``, ``sum((t - shift)^2)``.
