@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from omegaconf import OmegaConf as om
 
-from let_composer.configuration import load, quiet, read_methods
+from let_composer.configuration import load, quiet, read_methods, require
 from let_composer.data import write_json
 from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
 from let_composer.names import refuse_unknown
@@ -250,9 +249,7 @@ def _check_keys(config: DictConfig) -> None:
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
     from transformers import PretrainedConfig
 
-    for key in NEEDED:
-        if om.select(config, key) is None:
-            raise ValueError(f"the YAML has no {key}, which planning needs. Give {key}=... on the command line.")
+    require(config, NEEDED, "planning")
     refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
     refuse_unknown("fsdp_config", config.get("fsdp_config") or {}, FSDPConfig.__annotations__)
     if config.get("tp_config"):
