@@ -27,7 +27,7 @@ import pandas as pd
 from let_composer.data import replacing
 from let_composer.logs import METRIC, Curve, Run, read_run
 
-__all__ = ["add_arguments", "compare", "crossing", "group", "measure", "run", "spread", "summarize", "table", "verdict"]
+__all__ = ["add_arguments", "compare", "crossing", "group", "run", "spread", "summarize", "table", "verdict"]
 
 SEED = re.compile(r"[-_]s(eed)?\d+$")
 Arms = dict[str, list[Run]]
@@ -68,17 +68,10 @@ def crossing(curve: Curve, level: float) -> float | None:
     return float(np.interp(-level, -y[i], x[i]))
 
 
-def measure(run: Run, tokens: float, level: float, teacher: float | None, sign: int) -> dict[str, Any]:
+def _measure(run: Run, tokens: float, level: float, teacher: float | None, sign: int) -> dict[str, Any]:
     """The figures of one run: losses in the metric's unit, times in seconds, compute in the FLOPs of one token of plain
-    training; ``None`` for what was not logged or never happened.
-
-    Args:
-        run: The run.
-        tokens: Where losses are compared.
-        level: The loss to be reached, the baseline's final one.
-        teacher: The teacher's, or ``None``.
-        sign: ``-1`` if more is better, else ``1``.
-    """
+    training; ``None`` for what was not logged or never happened. Losses are compared at so many ``tokens``; ``level``
+    and ``teacher`` are to be reached, from below if ``sign`` is -1."""
 
     def at(curve: Curve, tokens: float | None) -> float | None:
         value = np.nan if tokens is None else np.interp(tokens, *curve)
@@ -118,8 +111,8 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     """All figures: of each run, and their spread over an arm's seeds.
 
     Args:
-        arms: Runs by arm; the first arm is the baseline. The loss to be reached is the mean of its seeds' final ones.
-        teacher: The run that trained the teacher; its time is what a user who has no teacher pays on top.
+        arms: Runs by arm; the first is the baseline. The loss to be reached is the mean of its seeds' final ones.
+        teacher: The run that trained the teacher. Default: ``None``.
 
     Raises:
         ValueError: If the baseline's final loss is not a number, or the runs were compared by different metrics.
@@ -135,7 +128,7 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     teacher_loss, rising = None if teacher is None else float(teacher.loss[1][-1]), "accuracy" in metrics[0].lower()
     rows = []
     for arm in arms:
-        seeds = [measure(run, tokens, level, teacher_loss, -1 if rising else 1) for run in arms[arm]]
+        seeds = [_measure(run, tokens, level, teacher_loss, -1 if rising else 1) for run in arms[arm]]
         over_seeds = {key: spread([seed[key] for seed in seeds]) for key in seeds[0] if key != "run"}
         rows.append({"arm": arm, "over_seeds": over_seeds, "seeds": seeds})
     flops = [run.flops_per_token for run in runs]
@@ -147,7 +140,7 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
         "equal_tokens": tokens,
         "flops_per_token": flops[0] if flops[0] and all(f and abs(f / flops[0] - 1) < 0.01 for f in flops) else None,
         "arms": rows,
-        "teacher": None if teacher is None else measure(teacher, teacher.loss[0][-1], -np.inf, None, 1),
+        "teacher": None if teacher is None else _measure(teacher, teacher.loss[0][-1], -np.inf, None, 1),
     }
 
 

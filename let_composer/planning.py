@@ -78,7 +78,7 @@ def make_plan(
         gpus: How many GPUs.
         gpu: Their name, for the report.
         hardware: Their figures, or ``None``: then no times and no verdict on memory.
-        utilization: Share of the peak that a step reaches, recomputation counted as work; an assumption.
+        utilization: Share of the peak that a step reaches, recomputation counted as work.
         price: Of a GPU for an hour. Default: ``None``.
 
     Raises:
@@ -96,9 +96,7 @@ def make_plan(
         _check_keys(config)
         length, batch = int(config.max_seq_len), int(config.global_train_batch_size)
         if batch % gpus:
-            raise ValueError(
-                f"global_train_batch_size {batch} does not divide by {gpus} GPUs. Choose a number that divides it."
-            )
+            raise ValueError(f"global_train_batch_size {batch} does not divide by {gpus} GPUs. Change one of them.")
         dtype = torch.float32 if str(config.get("precision", "amp_bf16")) == "fp32" else torch.bfloat16
         duration, tokens_a_step = Time.from_timestring(str(config.max_duration)), batch * length
         steps = _steps(duration, batch, tokens_a_step)
@@ -208,9 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, help="dense peak of the GPU in the run's precision, TFLOP/s")
     parser.add_argument("--memory", type=float, help="memory of the GPU, GiB")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
-    parser.add_argument(
-        "--utilization", type=float, default=0.4, help="share of the peak that a step reaches (default: %(default)s)"
-    )
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak reached (default: 0.4)")
     parser.add_argument("--out", type=Path, help="also write the plan as JSON")
 
 
@@ -221,16 +217,16 @@ def run(args: argparse.Namespace) -> None:
         ValueError: For arguments that make no plan, and as :func:`make_plan`.
     """
     hardware = None
-    if args.tflops or args.memory:
-        if not (args.tflops and args.memory):
-            raise ValueError("--tflops and --memory go together.")
+    if bool(args.tflops) != bool(args.memory):
+        raise ValueError("--tflops and --memory go together.")
+    if args.tflops:
         hardware = Hardware(args.tflops, args.memory)
     elif args.gpu:
         refuse_unknown("the table of GPUs (--tflops and --memory describe any other)", [args.gpu], HARDWARE)
         hardware = HARDWARE[args.gpu]
-    for name, value in (("--gpus", args.gpus), ("--price", args.price), ("--utilization", args.utilization)):
-        if value is not None and value <= 0:
-            raise ValueError(f"expected {name} above 0, got {value}.")
+    for name in ("gpus", "price", "utilization"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise ValueError(f"expected --{name} above 0, got {value}.")
     if args.price is not None and hardware is None:
         raise ValueError("--price needs the GPU's speed: give --gpu too.")
     with quiet():

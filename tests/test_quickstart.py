@@ -52,19 +52,22 @@ def names(calls: list[str]) -> list[str]:
     return [" ".join(call.split()[:2]) for call in calls]
 
 
+def append(path: Path) -> None:
+    with open(path, "a") as file:
+        file.write("# changed\n")
+
+
 def test_a_changed_yaml_is_trained_anew_with_all_that_depends_on_it(quickstart):
+    yamls = quickstart.root / "yamls/quickstart"
     first = quickstart()
     assert names(first) == ["teacher 0", "baseline 0", "let 0"]
     assert all("PASSIVE yamls/quickstart/baseline.yaml" in call for call in first)
     assert quickstart() == []
-    with open(quickstart.root / "yamls/quickstart/let.yaml", "a") as file:
-        file.write("seed: 18\n")
+    append(yamls / "let.yaml")
     assert names(quickstart()) == ["let 0"]  # and not from the old checkpoint
-    with open(quickstart.root / "yamls/quickstart/teacher.yaml", "a") as file:
-        file.write("seed: 18\n")
+    append(yamls / "teacher.yaml")
     assert names(quickstart()) == ["teacher 0", "let 0"]
-    with open(quickstart.root / "yamls/quickstart/baseline.yaml", "a") as file:
-        file.write("precision: fp32\n")
+    append(yamls / "baseline.yaml")
     assert names(quickstart()) == ["teacher 0", "baseline 0", "let 0"]
 
 
@@ -72,8 +75,7 @@ def test_an_interrupted_run_goes_on_and_a_changed_one_does_not(quickstart):
     (quickstart.root / "fail-baseline").touch()
     assert names(quickstart()) == ["teacher 0", "baseline 0"]
     assert names(quickstart()) == ["baseline 1"]
-    with open(quickstart.root / "yamls/quickstart/baseline.yaml", "a") as file:
-        file.write("seed: 18\n")
+    append(quickstart.root / "yamls/quickstart/baseline.yaml")
     assert names(quickstart()) == ["teacher 0", "baseline 0"]
     (quickstart.root / "fail-baseline").unlink()
     assert names(quickstart()) == ["baseline 1", "let 0"]
