@@ -160,8 +160,8 @@ def table(plan: Plan) -> str:
     student, teacher, batch = plan.student, plan.teacher, f"{plan.global_batch} x {plan.sequence_length}"
     trained = "" if student.trained == student.parameters else f" ({student.trained / 1e6:,.1f}M trained)"
     total, share = sum(plan.memory.values()), plan.break_even_tokens / plan.tokens
-    auto = ", auto" if plan.auto else ""
-    auto += ": the whole batch of a GPU; --gpu finds what fits" if plan.auto and not plan.capacity else ""
+    whole = "" if plan.capacity else ": the whole batch of a GPU; --gpu finds what fits"
+    auto = f", auto{whole}" if plan.auto else ""
     rows = {
         "run": plan.run,
         "student": f"{student.parameters / 1e6:,.1f}M parameters{trained}, {student.flops / 1e9:,.2f} GFLOP a token",
@@ -186,13 +186,13 @@ def table(plan: Plan) -> str:
         rows["price"] = f"{plan.price:,.0f}, of it {plan.price * share / (1 + share):,.0f} for the teacher"
     rows["memory, GiB a GPU"] = f"{total:,.1f} (estimate), microbatch {plan.microbatch}{auto}"
     rows |= {f"  {part}": f"{size:,.2f}" for part, size in plan.memory.items()}
-    if plan.capacity and fits(total, plan.capacity):
+    if plan.capacity:
         rows["verdict"] = f"fits in {plan.capacity:.0f} GiB"
-    elif plan.capacity:
-        rows["verdict"] = (
-            f"does not fit: {total:,.1f} of {plan.capacity:.0f} GiB, and a tenth should stay free. A smaller "
-            "microbatch, activation checkpointing, more GPUs and placement: shard for the teacher help."
-        )
+        if not fits(total, plan.capacity):
+            rows["verdict"] = (
+                f"does not fit: {total:,.1f} of {plan.capacity:.0f} GiB, and a tenth should stay free. A smaller "
+                "microbatch, activation checkpointing, more GPUs and placement: shard for the teacher help."
+            )
     width = max(map(len, rows))
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 

@@ -93,43 +93,23 @@ def test_the_table_says_what_was_logged(tmp_path):
     plain, guided = (arm["seeds"][0] for arm in summary["arms"])
     assert plain["tokens"] == 4000 and plain["tokens_to_baseline_loss"] == pytest.approx(4000)
     assert guided["tokens_to_baseline_loss"] == pytest.approx(2000)
-    assert plain["train_seconds"] == pytest.approx(80, rel=1e-4)
     assert guided["seconds_to_baseline_loss"] == pytest.approx(60, rel=1e-4)
     assert guided["guided_tokens_per_second"] == pytest.approx(100 / 3, rel=1e-3)
-    assert guided["plain_tokens_per_second"] == pytest.approx(50, rel=1e-3)
-    assert plain["guided_tokens_per_second"] is None
-    assert (plain["peak_gb"], guided["peak_gb"]) == (2.5, None)
     assert guided["compute"] == pytest.approx(2000 / 0.75 + 2000)
     assert guided["compute_to_baseline_loss"] == pytest.approx(8000 / 3)
-    assert table(summary).T.to_dict() == {
-        "baseline": {
-            "seeds": "1",
-            "eval/LanguageCrossEntropy at 0.004M": "4.000",
-            "tokens": "0.004M",
-            "compute": "0.004M",
-            "of it the teacher's": "0.0%",
-            "training time": "80 s",
-            "tokens to the baseline's end": "100%",
-            "compute to it": "100%",
-            "time to it": "100%",
-            "tokens/s guided": "-",
-            "tokens/s plain": "50",
-            "peak memory": "2.50 GB",
-        },
-        "let": {
-            "seeds": "1",
-            "eval/LanguageCrossEntropy at 0.004M": "3.000",
-            "tokens": "0.004M",
-            "compute": "0.004667M",
-            "of it the teacher's": "14.3%",
-            "training time": "100 s",
-            "tokens to the baseline's end": "50%",
-            "compute to it": "67%",
-            "time to it": "75%",
-            "tokens/s guided": "33",
-            "tokens/s plain": "50",
-            "peak memory": "-",
-        },
+    assert {row: tuple(cells) for row, *cells in table(summary).T.itertuples()} == {
+        "seeds": ("1", "1"),
+        "eval/LanguageCrossEntropy at 0.004M": ("4.000", "3.000"),
+        "tokens": ("0.004M", "0.004M"),
+        "compute": ("0.004M", "0.004667M"),
+        "of it the teacher's": ("0.0%", "14.3%"),
+        "training time": ("80 s", "100 s"),
+        "tokens to the baseline's end": ("100%", "50%"),
+        "compute to it": ("100%", "67%"),
+        "time to it": ("100%", "75%"),
+        "tokens/s guided": ("-", "33"),
+        "tokens/s plain": ("50", "50"),
+        "peak memory": ("2.50 GB", "-"),
     }
     assert verdict(summary) == (
         "let reaches the final loss of baseline, 4.000, after 50% of its tokens and 67% of its compute, the teacher's "

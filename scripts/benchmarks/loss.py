@@ -301,8 +301,9 @@ def draw(report: dict, path: Path) -> None:
     for (i, which), (j, pair) in itertools.product(enumerate(PASSES[:2]), enumerate(pairs)):
         rows = found[(found.pair == pair) & (found["pass"] == which)]
         shares = rows.pivot(index="tokens", columns="method", values="share")
-        shares.plot(ax=panels[i][j], marker="o", logx=True, ylim=(0, None), legend=(i, pair) == (0, pairs[-1]))
+        shares.plot(ax=panels[i][j], marker="o", logx=True, legend=(i, pair) == (0, pairs[-1]))
         panels[i][j].set(title=f"student/teacher {pair}, {which}", ylabel="share of copy bandwidth")
+    panels[0][0].set_ylim(bottom=0)  # last: once it is set, the shared axis does not grow
     about, how = report["machine"], report["how"]
     figure.suptitle(
         f"{about['device']}, {how['resize']} resized, {how['dtype']}{', standardised' * how['normalize']}, "
