@@ -27,7 +27,7 @@ import pandas as pd
 from let_composer.data import replacing
 from let_composer.logs import METRIC, Curve, Run, read_run
 
-__all__ = ["add_arguments", "compare", "crossing", "group", "measure", "run", "spread", "summarize", "table", "verdict"]
+__all__ = ["add_arguments", "compare", "crossing", "group", "run", "spread", "summarize", "table", "verdict"]
 
 SEED = re.compile(r"[-_]s(eed)?\d+$")
 Arms = dict[str, list[Run]]
@@ -68,31 +68,25 @@ def crossing(curve: Curve, level: float) -> float | None:
     return float(np.interp(-level, -y[i], x[i]))
 
 
-def measure(run: Run, tokens: float, level: float, teacher: float | None, sign: int) -> dict[str, Any]:
+def _measure(run: Run, tokens: float, level: float, teacher: float | None, sign: int) -> dict[str, Any]:
     """The figures of one run: losses in the metric's unit, times in seconds, compute in the FLOPs of one token of plain
-    training; ``None`` for what was not logged or never happened.
-
-    Args:
-        run: The run.
-        tokens: Where losses are compared.
-        level: The loss to be reached, the baseline's final one.
-        teacher: The teacher's, or ``None``.
-        sign: ``-1`` if more is better, else ``1``.
-    """
+    training; ``None`` for what was not logged or never happened. Losses are compared at so many ``tokens``; ``level``
+    and ``teacher`` are to be reached, from below if ``sign`` is -1."""
 
     def at(curve: Curve, tokens: float | None) -> float | None:
         value = np.nan if tokens is None else np.interp(tokens, *curve)
         return float(value) if np.isfinite(value) else None
 
     falling, end, x = (run.loss[0], sign * run.loss[1]), float(run.loss[0][-1]), run.train_seconds[0]
-    reached = crossing(falling, sign * level)
+    reached, compute = crossing(falling, sign * level), at(run.compute, end)
     batch = float(np.diff(x).max()) if len(x) > 1 else np.nan
     return {
         "run": run.name,
         "final_loss": at(run.loss, end),
         "loss_at_equal_tokens": at(run.loss, tokens),
         "tokens": end,
-        "compute": at(run.compute, end),
+        "compute": compute,
+        "teacher_share": 1 - end / compute if compute else None,  # of the compute
         "train_seconds": at(run.train_seconds, x[-1]),
         "tokens_to_baseline_loss": reached,
         "compute_to_baseline_loss": at(run.compute, reached),
@@ -117,8 +111,8 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     """All figures: of each run, and their spread over an arm's seeds.
 
     Args:
-        arms: Runs by arm; the first arm is the baseline. The loss to be reached is the mean of its seeds' final ones.
-        teacher: The run that trained the teacher; its time is what a user who has no teacher pays on top.
+        arms: Runs by arm; the first is the baseline. The loss to be reached is the mean of its seeds' final ones.
+        teacher: The run that trained the teacher. Default: ``None``.
 
     Raises:
         ValueError: If the baseline's final loss is not a number, or the runs were compared by different metrics.
@@ -134,7 +128,7 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     teacher_loss, rising = None if teacher is None else float(teacher.loss[1][-1]), "accuracy" in metrics[0].lower()
     rows = []
     for arm in arms:
-        seeds = [measure(run, tokens, level, teacher_loss, -1 if rising else 1) for run in arms[arm]]
+        seeds = [_measure(run, tokens, level, teacher_loss, -1 if rising else 1) for run in arms[arm]]
         over_seeds = {key: spread([seed[key] for seed in seeds]) for key in seeds[0] if key != "run"}
         rows.append({"arm": arm, "over_seeds": over_seeds, "seeds": seeds})
     flops = [run.flops_per_token for run in runs]
@@ -146,7 +140,7 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
         "equal_tokens": tokens,
         "flops_per_token": flops[0] if flops[0] and all(f and abs(f / flops[0] - 1) < 0.01 for f in flops) else None,
         "arms": rows,
-        "teacher": None if teacher is None else measure(teacher, teacher.loss[0][-1], -np.inf, None, 1),
+        "teacher": None if teacher is None else _measure(teacher, teacher.loss[0][-1], -np.inf, None, 1),
     }
 
 
@@ -158,72 +152,72 @@ def verdict(summary: dict[str, Any]) -> str:
     what = "loss" if METRIC in summary["metric"] else summary["metric"].rpartition("/")[2]
     if not others:
         return f"{baseline} ends at a {what} of {level:.3f}. {mean}"
-    reached = [row for row in others if row["over_seeds"]["tokens_to_baseline_loss"]]
+    reached = [
+        (tokens["n"] < len(row["seeds"]), tokens["mean"], row)
+        for row in others
+        if (tokens := row["over_seeds"]["tokens_to_baseline_loss"])
+    ]
     if not reached:
         return f"No arm reaches the final {what} of {baseline}, {level:.3f}. {mean}"
-
-    def order(row: dict[str, Any]) -> tuple[bool, float]:
-        tokens = row["over_seeds"]["tokens_to_baseline_loss"]
-        return tokens["n"] < len(row["seeds"]), tokens["mean"]
-
-    best = min(reached, key=order)
+    incomplete, tokens, best = min(reached, key=lambda found: found[:2])
     own, whole = best["over_seeds"], first["over_seeds"]
-    some, tokens = int(own["tokens_to_baseline_loss"]["n"]), own["tokens_to_baseline_loss"]["mean"]
     text = f"{tokens / whole['tokens']['mean']:.0%} of its tokens"
     if own["compute_to_baseline_loss"] and whole["compute"]:
         share = own["compute_to_baseline_loss"]["mean"] / whole["compute"]["mean"]
         text += f" and {share:.0%} of its compute, the teacher's forward included"
-    only = "" if some == len(best["seeds"]) else f" Only {some} of its {len(best['seeds'])} seeds do."
+    only = f" Only {own['tokens_to_baseline_loss']['n']} of its {len(best['seeds'])} seeds do." if incomplete else ""
     return f"{best['arm']} reaches the final {what} of {baseline}, {level:.3f}, after {text}.{only} {mean}"
 
 
 def table(summary: dict[str, Any]) -> pd.DataFrame:
     """The summary as text cells, a row for each arm; shares are of the baseline's means, ranges are over seeds."""
-    unit, name = scale(summary["equal_tokens"])
-    whole = summary["arms"][0]["over_seeds"]
-    flops = summary["flops_per_token"]
-    rows = [(row["arm"], len(row["seeds"]), row["over_seeds"]) for row in summary["arms"]]
+    rows = {row["arm"]: (len(row["seeds"]), row["over_seeds"]) for row in summary["arms"]}
+    _, whole = rows[summary["baseline"]]
     if summary["teacher"] is not None:
         own = {key: spread([value]) for key, value in summary["teacher"].items() if key != "run"}
-        rows.append((f"teacher: {summary['teacher']['run']}", 1, {**own, "compute": None}))
-
-    def cell(values: dict[str, float] | None, seeds: int, form: str, scale: float, suffix: str) -> str:
-        if values is None:
-            return "-"
-        mean, low, high = (format(values[key] / scale, form) for key in ("mean", "min", "max"))
-        band = "" if low == high else f" ({low}..{high})"
-        return f"{mean}{suffix}{band}" + ("" if values["n"] == seeds else f", {values['n']:.0f} of {seeds} seeds")
+        rows[f"teacher: {summary['teacher']['run']}"] = 1, {**own, "compute": None, "teacher_share": None}
+    unit, suffix, _ = scale(summary, "tokens")
+    compute_unit, compute_suffix, _ = scale(summary, "compute")
 
     def share(key: str) -> tuple[str, float, str]:
         return ".0%", (whole[key] or {}).get("mean", 1), ""
 
+    def cell(values: dict[str, float] | None, seeds: int, form: str, unit: float, suffix: str) -> str:
+        if values is None:
+            return "-"
+        mean, low, high = (format(values[key] / unit, form) for key in ("mean", "min", "max"))
+        band = "" if low == high else f" ({low}..{high})"
+        return f"{mean}{suffix}{band}" + ("" if values["n"] == seeds else f", {values['n']} of {seeds} seeds")
+
     final = summary["metric"].removeprefix("metrics/")
     columns = {
-        f"{final} at {summary['equal_tokens'] / unit:.4g}{name[0].upper()}": ("loss_at_equal_tokens", ".3f", 1, ""),
-        "tokens": ("tokens", ".4g", unit, name[0].upper()),
-        "compute": ("compute", ".4g", 1e15 / flops if flops else unit, " PFLOP" if flops else name[0].upper()),
+        f"{final} at {summary['equal_tokens'] / unit:.4g}{suffix}": ("loss_at_equal_tokens", ".3f", 1, ""),
+        "tokens": ("tokens", ".4g", unit, suffix),
+        "compute": ("compute", ".4g", compute_unit, compute_suffix),
+        "of it the teacher's": ("teacher_share", ".1%", 1, ""),
         "training time": ("train_seconds", ",.0f", 1, " s"),
         "tokens to the baseline's end": ("tokens_to_baseline_loss", *share("tokens")),
         "compute to it": ("compute_to_baseline_loss", *share("compute")),
         "time to it": ("seconds_to_baseline_loss", *share("train_seconds")),
-        "passes its teacher at": ("tokens_to_teacher_loss", ".4g", unit, name[0].upper()),
+        "passes its teacher at": ("tokens_to_teacher_loss", ".4g", unit, suffix),
         "tokens/s guided": ("guided_tokens_per_second", ",.0f", 1, ""),
         "tokens/s plain": ("plain_tokens_per_second", ",.0f", 1, ""),
         "peak memory": ("peak_gb", ".2f", 1, " GB"),
     }
-    frame = pd.DataFrame(
-        {
-            "seeds": [str(n) for _, n, _ in rows],
-            **{column: [cell(row[key], n, *how) for _, n, row in rows] for column, (key, *how) in columns.items()},
-        },
-        index=pd.Index([arm for arm, *_ in rows], name="arm"),
-    )
+    cells = {column: [cell(row[key], n, *how) for n, row in rows.values()] for column, (key, *how) in columns.items()}
+    frame = pd.DataFrame({"seeds": [str(n) for n, _ in rows.values()], **cells}, index=pd.Index(rows, name="arm"))
     return frame.loc[:, (frame != "-").any()]
 
 
-def scale(tokens: float) -> tuple[float, str]:
-    """A unit for so many tokens, and its name."""
-    return (1e9, "billions") if tokens >= 2e9 else (1e6, "millions")
+def scale(summary: dict[str, Any], over: str) -> tuple[float, str, str]:
+    """A readable unit of ``tokens`` or ``compute``: its size in tokens of plain training, its suffix and its name."""
+    tokens, flops = summary["equal_tokens"], summary["flops_per_token"]
+    if over == "compute" and flops:
+        sizes = {1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP"}
+        size = next((size for size in sizes if tokens * flops >= 2 * size), 1e12)
+        return size / flops, f" {sizes[size]}", sizes[size]
+    size, name = (1e9, "billions of tokens") if tokens >= 2e9 else (1e6, "millions of tokens")
+    return size, name[0].upper(), f"{name} of plain training" if over == "compute" else name
 
 
 def compare(

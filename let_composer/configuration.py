@@ -17,7 +17,7 @@ from let_composer.names import refuse_unknown
 if TYPE_CHECKING:
     from let_composer.options import Options
 
-__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml"]
+__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml", "require"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -97,6 +97,17 @@ def read_methods(config: DictConfig) -> dict[str, "Options"]:
         return {name: read_options(methods[name], given[name]) for name in given if name in methods}
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def require(config: DictConfig, keys: Iterable[str], reader: str) -> None:
+    """Refuse a YAML without keys that somebody reads; keys may be dotted.
+
+    Raises:
+        ValueError: With all that are missing.
+    """
+    if missing := [key for key in keys if om.select(config, key) is None]:
+        given = " ".join(f"{key}=..." for key in missing)
+        raise ValueError(f"the YAML has no {', '.join(missing)}, which {reader} needs. Give it there, or say {given}")
 
 
 def check_names(algorithms: Iterable[str]) -> None:

@@ -195,17 +195,11 @@ def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> Tea
 
 def teacher_config(name: str) -> str | GPTNeoXConfig:
     """The teacher's name, or its shape where that is known here, so that no network is needed."""
-    size = name.removeprefix("EleutherAI/pythia-").partition("@")[0]
-    if size not in PYTHIA or not name.startswith("EleutherAI/"):
+    owner, _, size = name.partition("@")[0].partition("pythia-")
+    if owner != "EleutherAI/" or size not in PYTHIA:
         return name
     width, blocks, heads = PYTHIA[size]
-    shape: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "vocab_size": 50304,
-    }
-    return GPTNeoXConfig(intermediate_size=4 * width, **shape)
+    return GPTNeoXConfig(50304, width, blocks, heads, intermediate_size=4 * width)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from omegaconf import OmegaConf as om
 
-from let_composer.configuration import load, quiet, read_methods
+from let_composer.configuration import load, quiet, read_methods, require
 from let_composer.data import write_json
 from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
 from let_composer.names import refuse_unknown
@@ -79,7 +78,7 @@ def make_plan(
         gpus: How many GPUs.
         gpu: Their name, for the report.
         hardware: Their figures, or ``None``: then no times and no verdict on memory.
-        utilization: Share of the peak that a step reaches, recomputation counted as work; an assumption.
+        utilization: Share of the peak that a step reaches, recomputation counted as work.
         price: Of a GPU for an hour. Default: ``None``.
 
     Raises:
@@ -97,9 +96,7 @@ def make_plan(
         _check_keys(config)
         length, batch = int(config.max_seq_len), int(config.global_train_batch_size)
         if batch % gpus:
-            raise ValueError(
-                f"global_train_batch_size {batch} does not divide by {gpus} GPUs. Choose a number that divides it."
-            )
+            raise ValueError(f"global_train_batch_size {batch} does not divide by {gpus} GPUs. Change one of them.")
         dtype = torch.float32 if str(config.get("precision", "amp_bf16")) == "fp32" else torch.bfloat16
         duration, tokens_a_step = Time.from_timestring(str(config.max_duration)), batch * length
         steps = _steps(duration, batch, tokens_a_step)
@@ -163,8 +160,8 @@ def table(plan: Plan) -> str:
     student, teacher, batch = plan.student, plan.teacher, f"{plan.global_batch} x {plan.sequence_length}"
     trained = "" if student.trained == student.parameters else f" ({student.trained / 1e6:,.1f}M trained)"
     total, share = sum(plan.memory.values()), plan.break_even_tokens / plan.tokens
-    auto = ", auto" if plan.auto else ""
-    auto += ": the whole batch of a GPU; --gpu finds what fits" if plan.auto and not plan.capacity else ""
+    whole = "" if plan.capacity else ": the whole batch of a GPU; --gpu finds what fits"
+    auto = f", auto{whole}" if plan.auto else ""
     rows = {
         "run": plan.run,
         "student": f"{student.parameters / 1e6:,.1f}M parameters{trained}, {student.flops / 1e9:,.2f} GFLOP a token",
@@ -189,13 +186,13 @@ def table(plan: Plan) -> str:
         rows["price"] = f"{plan.price:,.0f}, of it {plan.price * share / (1 + share):,.0f} for the teacher"
     rows["memory, GiB a GPU"] = f"{total:,.1f} (estimate), microbatch {plan.microbatch}{auto}"
     rows |= {f"  {part}": f"{size:,.2f}" for part, size in plan.memory.items()}
-    if plan.capacity and fits(total, plan.capacity):
+    if plan.capacity:
         rows["verdict"] = f"fits in {plan.capacity:.0f} GiB"
-    elif plan.capacity:
-        rows["verdict"] = (
-            f"does not fit: {total:,.1f} of {plan.capacity:.0f} GiB, and a tenth should stay free. A smaller "
-            "microbatch, activation checkpointing, more GPUs and placement: shard for the teacher help."
-        )
+        if not fits(total, plan.capacity):
+            rows["verdict"] = (
+                f"does not fit: {total:,.1f} of {plan.capacity:.0f} GiB, and a tenth should stay free. A smaller "
+                "microbatch, activation checkpointing, more GPUs and placement: shard for the teacher help."
+            )
     width = max(map(len, rows))
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 
@@ -209,9 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tflops", type=float, help="dense peak of the GPU in the run's precision, TFLOP/s")
     parser.add_argument("--memory", type=float, help="memory of the GPU, GiB")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
-    parser.add_argument(
-        "--utilization", type=float, default=0.4, help="share of the peak that a step reaches (default: %(default)s)"
-    )
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak reached (default: 0.4)")
     parser.add_argument("--out", type=Path, help="also write the plan as JSON")
 
 
@@ -222,16 +217,16 @@ def run(args: argparse.Namespace) -> None:
         ValueError: For arguments that make no plan, and as :func:`make_plan`.
     """
     hardware = None
-    if args.tflops or args.memory:
-        if not (args.tflops and args.memory):
-            raise ValueError("--tflops and --memory go together.")
+    if bool(args.tflops) != bool(args.memory):
+        raise ValueError("--tflops and --memory go together.")
+    if args.tflops:
         hardware = Hardware(args.tflops, args.memory)
     elif args.gpu:
         refuse_unknown("the table of GPUs (--tflops and --memory describe any other)", [args.gpu], HARDWARE)
         hardware = HARDWARE[args.gpu]
-    for name, value in (("--gpus", args.gpus), ("--price", args.price), ("--utilization", args.utilization)):
-        if value is not None and value <= 0:
-            raise ValueError(f"expected {name} above 0, got {value}.")
+    for name in ("gpus", "price", "utilization"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise ValueError(f"expected --{name} above 0, got {value}.")
     if args.price is not None and hardware is None:
         raise ValueError("--price needs the GPU's speed: give --gpu too.")
     with quiet():
@@ -250,9 +245,7 @@ def _check_keys(config: DictConfig) -> None:
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
     from transformers import PretrainedConfig
 
-    for key in NEEDED:
-        if om.select(config, key) is None:
-            raise ValueError(f"the YAML has no {key}, which planning needs. Give {key}=... on the command line.")
+    require(config, NEEDED, "planning")
     refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
     refuse_unknown("fsdp_config", config.get("fsdp_config") or {}, FSDPConfig.__annotations__)
     if config.get("tp_config"):

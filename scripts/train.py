@@ -18,10 +18,14 @@ from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
-from let_composer.configuration import load, read_methods
+from let_composer.configuration import load, read_methods, require
 from let_composer.names import refuse_unknown
 
 __all__ = ["main"]
+
+# What llm-foundry reads from every YAML: of the last two it says no more than KeyError.
+NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_seq_len", "max_duration",
+          "device_eval_batch_size", "global_train_batch_size", "device_train_microbatch_size")  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
         read_methods(config)
+        require(config, NEEDED, "training")
         train(config)
     except (ValueError, TypeError, OSError) as error:
         if not _is_ours(error):

@@ -30,9 +30,8 @@ def launched(tmp_path):
             (bin / name).write_text(f"#!/bin/sh\n{body}\n")
             (bin / name).chmod(0o755)
         # The scripts put the environment of this folder first, and here that is none.
-        subprocess.run(
-            command, check=True, cwd=tmp_path, env={**env, "PATH": f"{bin}:{os.environ['PATH']}"}, timeout=60
-        )
+        env["PATH"] = f"{bin}:{os.environ['PATH']}"
+        subprocess.run(command, check=True, cwd=tmp_path, env=env, timeout=60)
         return (tmp_path / "arguments").read_text().splitlines()
 
     return run
@@ -66,18 +65,12 @@ def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
 
 @pytest.mark.parametrize("node", ["0", "1"])
 def test_slurm_starts_one_launcher_a_node(launched, node):
+    slurm = {"JOB_NODELIST": "node-[a-b]", "JOB_ID": "40007", "NNODES": "2", "NODEID": node, "GPUS_ON_NODE": "8"}
+    given = ["yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"]
     found = launched(
-        ["bash", str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"],
-        SLURM_JOB_NODELIST="node-[a-b]",
-        SLURM_JOB_ID="40007",
-        SLURM_NNODES="2",
-        SLURM_NODEID=node,
-        SLURM_GPUS_ON_NODE="8",
+        ["bash", str(CLOUD / "slurm.sbatch"), *given], **{f"SLURM_{name}": value for name, value in slurm.items()}
     )
-    assert found[found.index("scripts/train.py") + 1 :] == [
-        "yamls/let_7b.yaml",
-        "variables.data_remote=s3://bucket/a b",
-    ]
+    assert found[found.index("scripts/train.py") + 1 :] == given
     assert options(found) == {
         "--nproc": "8",
         "--world_size": "16",
@@ -90,19 +83,15 @@ def test_slurm_starts_one_launcher_a_node(launched, node):
 
 def test_skypilot_starts_one_launcher_a_node(launched):
     task = yaml.safe_load((CLOUD / "skypilot.yaml").read_text())
+    addresses = "\n".join(f"10.0.0.{number}" for number in (1, 2, 3, 4))
+    sky = {"NUM_GPUS_PER_NODE": "8", "NUM_NODES": "4", "NODE_RANK": "3", "NODE_IPS": addresses}
     found = launched(
         ["bash", "-c", task["run"]],
-        SKYPILOT_NUM_GPUS_PER_NODE="8",
-        SKYPILOT_NUM_NODES="4",
-        SKYPILOT_NODE_RANK="3",
-        SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2\n10.0.0.3\n10.0.0.4",
+        **{f"SKYPILOT_{name}": value for name, value in sky.items()},
         DATA="s3://bucket/pile",
         RUNS="/runs",
     )
-    assert found[-3:] == [
-        "variables.data_remote=s3://bucket/pile",
-        "variables.data_local=/data/pile-mds",
-        "variables.runs=/runs",
-    ]
+    expected = {"data_remote": "s3://bucket/pile", "data_local": "/data/pile-mds", "runs": "/runs"}
+    assert found[-3:] == [f"variables.{name}={value}" for name, value in expected.items()]
     assert options(found)["--world_size"] == "32" and options(found)["--base_rank"] == "24"
     assert options(found)["--master_addr"] == "10.0.0.1"

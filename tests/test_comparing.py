@@ -10,10 +10,9 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from composer import Evaluator
 from composer.callbacks import SpeedMonitor
 from composer.loggers import TensorboardLogger
-from conftest import LENGTH, build_data
+from conftest import LENGTH, evaluator
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
@@ -62,20 +61,17 @@ def read(*folders):
     return [read_run(folder) for folder in folders]
 
 
-def test_crossing():
-    curve = (np.array([10.0, 20.0, 30.0]), np.array([6.0, 5.0, 4.0]))
-    assert crossing(curve, 4.5) == pytest.approx(25)
-    assert crossing(curve, 7.0) == 10
-    assert crossing(curve, 3.9) is None
-    assert crossing((curve[0], np.array([6.0, np.nan, 4.0])), 3.9) is None
+@pytest.mark.parametrize(("level", "reached"), [(4.5, 25), (7.0, 10), (3.9, None)])
+def test_crossing(level, reached):
+    assert crossing((np.array([10.0, 20.0, 30.0]), np.array([6.0, 5.0, 4.0])), level) == reached
+    assert crossing((np.array([10.0, 20.0, 30.0]), np.array([9.0, np.nan, 9.0])), level) is None
 
 
 def test_folders_that_differ_in_their_seed_alone_are_one_arm(tmp_path):
-    names = ("plain-s1", "plain_seed2", "let-s1", "let-s17", "let-s17x", "lr=0.1")
-    for name in names:
-        (tmp_path / name).mkdir()
-    paths = [f"{tmp_path}/{name}" for name in names]
-    arms = group(paths)
+    paths = [tmp_path / name for name in ("plain-s1", "plain_seed2", "let-s1", "let-s17", "let-s17x", "lr=0.1")]
+    for path in paths:
+        path.mkdir()
+    arms = group(list(map(str, paths)))
     assert {arm: [folder.name for folder in folders] for arm, folders in arms.items()} == {
         "plain": ["plain-s1", "plain_seed2"],
         "let": ["let-s1", "let-s17"],
@@ -87,7 +83,7 @@ def test_folders_that_differ_in_their_seed_alone_are_one_arm(tmp_path):
     with pytest.raises(ValueError, match="there is no run at .*nowhere"):
         group([f"{tmp_path}/nowhere"])
     with pytest.raises(ValueError, match="plain-s1 is given twice"):
-        group([paths[0], f"x={paths[0]}"])
+        group([str(paths[0]), f"x={paths[0]}"])
 
 
 def test_the_table_says_what_was_logged(tmp_path):
@@ -97,41 +93,23 @@ def test_the_table_says_what_was_logged(tmp_path):
     plain, guided = (arm["seeds"][0] for arm in summary["arms"])
     assert plain["tokens"] == 4000 and plain["tokens_to_baseline_loss"] == pytest.approx(4000)
     assert guided["tokens_to_baseline_loss"] == pytest.approx(2000)
-    assert plain["train_seconds"] == pytest.approx(80, rel=1e-4)
     assert guided["seconds_to_baseline_loss"] == pytest.approx(60, rel=1e-4)
     assert guided["guided_tokens_per_second"] == pytest.approx(100 / 3, rel=1e-3)
-    assert guided["plain_tokens_per_second"] == pytest.approx(50, rel=1e-3)
-    assert plain["guided_tokens_per_second"] is None
-    assert (plain["peak_gb"], guided["peak_gb"]) == (2.5, None)
     assert guided["compute"] == pytest.approx(2000 / 0.75 + 2000)
     assert guided["compute_to_baseline_loss"] == pytest.approx(8000 / 3)
-    assert table(summary).T.to_dict() == {
-        "baseline": {
-            "seeds": "1",
-            "eval/LanguageCrossEntropy at 0.004M": "4.000",
-            "tokens": "0.004M",
-            "compute": "0.004M",
-            "training time": "80 s",
-            "tokens to the baseline's end": "100%",
-            "compute to it": "100%",
-            "time to it": "100%",
-            "tokens/s guided": "-",
-            "tokens/s plain": "50",
-            "peak memory": "2.50 GB",
-        },
-        "let": {
-            "seeds": "1",
-            "eval/LanguageCrossEntropy at 0.004M": "3.000",
-            "tokens": "0.004M",
-            "compute": "0.004667M",
-            "training time": "100 s",
-            "tokens to the baseline's end": "50%",
-            "compute to it": "67%",
-            "time to it": "75%",
-            "tokens/s guided": "33",
-            "tokens/s plain": "50",
-            "peak memory": "-",
-        },
+    assert {row: tuple(cells) for row, *cells in table(summary).T.itertuples()} == {
+        "seeds": ("1", "1"),
+        "eval/LanguageCrossEntropy at 0.004M": ("4.000", "3.000"),
+        "tokens": ("0.004M", "0.004M"),
+        "compute": ("0.004M", "0.004667M"),
+        "of it the teacher's": ("0.0%", "14.3%"),
+        "training time": ("80 s", "100 s"),
+        "tokens to the baseline's end": ("100%", "50%"),
+        "compute to it": ("100%", "67%"),
+        "time to it": ("100%", "75%"),
+        "tokens/s guided": ("-", "33"),
+        "tokens/s plain": ("50", "50"),
+        "peak memory": ("2.50 GB", "-"),
     }
     assert verdict(summary) == (
         "let reaches the final loss of baseline, 4.000, after 50% of its tokens and 67% of its compute, the teacher's "
@@ -168,7 +146,6 @@ def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
 
 def test_a_run_without_times_is_read(tmp_path):
     summary = summarize({"a": read(write_run(tmp_path / "a", [6.0, 5.0], seconds=0.0))})
-    assert summary["arms"][0]["seeds"][0]["train_seconds"] is None
     assert "training time" not in table(summary)
     assert verdict(summary) == "a ends at a loss of 5.000. One seed each."
 
@@ -185,16 +162,17 @@ def test_a_diverged_arm_is_shown_as_such(tmp_path):
 def test_files_are_written(tmp_path, capsys):
     plain = [write_run(tmp_path / f"plain-s{n}", [6.0, 5.0, 4.5, 4.0 + n / 10]) for n in (1, 2)]
     let = write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20)
-    arguments = [*plain, f"LET, weight 1={let}", "--teacher", plain[0], "--out", str(tmp_path / "out" / "comparison")]
-    compare(*arguments)
     out = tmp_path / "out"
+    arguments = [*plain, f"LET, weight 1={let}", "--teacher", plain[0], "--out", str(out / "comparison")]
+    compare(*arguments)
     assert {path.name for path in out.iterdir()} == {f"comparison.{s}" for s in ("html", "json", "png", "svg")}
     written = json.loads((out / "comparison.json").read_text())
     assert [arm["arm"] for arm in written["arms"]] == ["plain", "LET, weight 1"]
     assert written["curves"]["plain"][1]["loss"] == [[1000, 2000, 3000, 4000], pytest.approx([6, 5, 4.5, 4.2])]
     assert "LET, weight 1 reaches the final loss of plain" in capsys.readouterr().out
     first = (out / "comparison.svg").read_bytes()
-    assert b"LET, weight 1 reaches the final" in first
+    for text in (b"LET, weight 1 reaches the final", b"teacher released, it took 14.3%", b"of plain training"):
+        assert text in first
     compare(*arguments)
     assert (out / "comparison.svg").read_bytes() == first
 
@@ -223,21 +201,11 @@ def test_the_page_in_a_browser(tmp_path):
 
 @pytest.mark.slow
 def test_what_composer_itself_logs(tmp_path, train, tokenizer, teacher_folder):
-    for name, algorithms in {
-        "plain-s1": [],
-        "let-s1": [LET(teacher_folder, student_layer=1, stop="4ba", weight=0.1)],
-    }.items():
-        train(
-            *algorithms,
-            run_name=name,
-            loggers=[TensorboardLogger(log_dir=str(tmp_path), flush_interval=1)],
-            callbacks=[SpeedMonitor(window_size=2)],
-            eval_dataloader=Evaluator(
-                label="eval", dataloader=build_data(tokenizer), metric_names=["LanguageCrossEntropy"]
-            ),
-            eval_interval="2ba",
-            max_duration="8ba",
-        ).close()
+    let = LET(teacher_folder, student_layer=1, stop="4ba", weight=0.1)
+    for name, algorithms in {"plain-s1": [], "let-s1": [let]}.items():
+        loggers = [TensorboardLogger(log_dir=str(tmp_path), flush_interval=1)]
+        run = {"run_name": name, "loggers": loggers, "callbacks": [SpeedMonitor(window_size=2)], "max_duration": "8ba"}
+        train(*algorithms, **run, eval_dataloader=evaluator(tokenizer), eval_interval="2ba").close()
     arms = {arm: read(*folders) for arm, folders in group([f"{tmp_path}/plain-s1", f"{tmp_path}/let-s1"]).items()}
     batch = 8 * LENGTH
     plain, let = (summary["seeds"][0] for summary in summarize(arms)["arms"])
@@ -295,15 +263,12 @@ def test_the_metric_is_chosen_and_its_direction(tmp_path):
     summary = json.loads((tmp_path / "out.json").read_text())
     assert summary["arms"][1]["over_seeds"]["tokens_to_baseline_loss"]["mean"] == 1000
     assert read_run(runs[0], LOSS).metric == LOSS
-    for metric, message in (
-        (
-            "LanguageCrossEntropy",
-            "of several evaluations. Choose with --metric: metrics/eval/Lang.*, metrics/eval/pile",
-        ),
-        ("Acuracy", "no metric Acuracy .did you mean 'Accuracy"),
+    with pytest.raises(
+        ValueError, match="of several evaluations. Choose with --metric: metrics/eval/Lang.*, metrics/eval"
     ):
-        with pytest.raises(ValueError, match=message):
-            compare(*runs, "--metric", metric)
+        compare(*runs)
+    with pytest.raises(ValueError, match="no metric Acuracy .did you mean 'Accuracy"):
+        compare(*runs, "--metric", "Acuracy")
 
 
 def test_a_folder_without_runs_is_explained(tmp_path):

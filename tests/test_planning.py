@@ -89,7 +89,7 @@ def test_flops_by_hand(small):
     assert found.break_even_tokens == pytest.approx(found.guided_overhead * 50 * 128)
 
 
-def test_activations_are_what_a_real_step_keeps(small, teacher_folder):
+def test_activations_are_what_a_real_step_keeps(small):
     found = plan(small)
     model = ComposerMPTCausalLM(
         d_model=32, n_heads=2, n_layers=4, max_seq_len=16, vocab_size=64, no_bias=True,
@@ -108,7 +108,6 @@ def test_activations_are_what_a_real_step_keeps(small, teacher_folder):
         loss = model.loss(model({"input_ids": ids}), {"labels": ids})
     logits = 2 * 4 * 16 * 64 * 4  # themselves, held by the trainer, and their gradient
     assert found.student.activations == pytest.approx(sum(kept.values()) + logits, rel=0.02)
-    assert found.student.checkpointed_activations < found.student.activations
     assert loss.requires_grad
 
 
@@ -143,12 +142,9 @@ def test_auto_is_planned_as_what_fits(small, capsys):
 
 
 def test_distillation_is_planned_with_its_logits(small, teacher_folder):
+    one = f"{{teacher: {teacher_folder}, weight: 0.1}}"
     let, rkd, salt, both = (
-        plan(
-            small,
-            "algorithms=null",
-            f"algorithms={{{', '.join(f'{m}: {{teacher: {teacher_folder}, weight: 0.1}}' for m in names)}}}",
-        )
+        plan(small, "algorithms=null", *(f"algorithms.{name}={one}" for name in names))
         for names in (["let"], ["rkd"], ["salt"], ["let", "rkd"])
     )
     assert rkd.teacher and let.teacher and both.teacher
@@ -201,8 +197,8 @@ def test_the_json_has_all_of_it(small, tmp_path):
         (["--price", "2"], "--price needs the GPU's speed: give --gpu"),
         (["--gpus", "4", "global_train_batch_size=6"], "global_train_batch_size 6 does not divide by 4 GPUs"),
         (["max_duration=1ep"], "known only to whoever reads the data"),
-        (["max_seq_len=null"], "no max_seq_len, which planning needs"),
-        (["optimizer=null"], "no optimizer.name, which planning needs"),
+        (["max_seq_len=null", "optimizer=null"], "no max_seq_len, optimizer.name, which planning needs"),
+        (["global_train_batch_size=null"], "no global_train_batch_size, which planning needs. Give it there"),
         (["optimizer.name=shampoo"], "adam, lion, sgd, got 'shampoo'"),
         (["fsdp_config={sharding_strategy: HYBRID_SHARD}"], "FULL_SHARD and NO_SHARD, got HYBRID_SHARD"),
         (["fsdp_config={activation_checkpoint: true}"], "no 'activation_checkpoint' .did you mean 'activation_check"),

@@ -43,7 +43,11 @@ def quickstart(tmp_path):
         subprocess.run(["bash", "scripts/quickstart.sh", *arguments], cwd=tmp_path, capture_output=True, timeout=60)
         return calls.read_text().splitlines() if calls.exists() else []
 
-    run.root = tmp_path
+    def change(name: str) -> None:
+        with open(tmp_path / "yamls" / "quickstart" / f"{name}.yaml", "a") as file:
+            file.write("seed: 18\n")
+
+    run.root, run.change = tmp_path, change
     return run
 
 
@@ -57,14 +61,11 @@ def test_a_changed_yaml_is_trained_anew_with_all_that_depends_on_it(quickstart):
     assert names(first) == ["teacher 0", "baseline 0", "let 0"]
     assert all("PASSIVE yamls/quickstart/baseline.yaml" in call for call in first)
     assert quickstart() == []
-    with open(quickstart.root / "yamls/quickstart/let.yaml", "a") as file:
-        file.write("seed: 18\n")
+    quickstart.change("let")
     assert names(quickstart()) == ["let 0"]  # and not from the old checkpoint
-    with open(quickstart.root / "yamls/quickstart/teacher.yaml", "a") as file:
-        file.write("seed: 18\n")
+    quickstart.change("teacher")
     assert names(quickstart()) == ["teacher 0", "let 0"]
-    with open(quickstart.root / "yamls/quickstart/baseline.yaml", "a") as file:
-        file.write("precision: fp32\n")
+    quickstart.change("baseline")
     assert names(quickstart()) == ["teacher 0", "baseline 0", "let 0"]
 
 
@@ -72,21 +73,16 @@ def test_an_interrupted_run_goes_on_and_a_changed_one_does_not(quickstart):
     (quickstart.root / "fail-baseline").touch()
     assert names(quickstart()) == ["teacher 0", "baseline 0"]
     assert names(quickstart()) == ["baseline 1"]
-    with open(quickstart.root / "yamls/quickstart/baseline.yaml", "a") as file:
-        file.write("seed: 18\n")
+    quickstart.change("baseline")
     assert names(quickstart()) == ["teacher 0", "baseline 0"]
     (quickstart.root / "fail-baseline").unlink()
     assert names(quickstart()) == ["baseline 1", "let 0"]
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(quickstart):
+def test_a_run_without_a_checkpoint_and_other_shards_begin_anew(quickstart):
     (quickstart.root / "early-let").touch()
     assert names(quickstart()) == ["teacher 0", "baseline 0", "let 0"]
     assert names(quickstart()) == ["let 0"]
-
-
-def test_other_shards_are_trained_on_anew(quickstart):
-    quickstart()
     (quickstart.root / "data/quickstart/shards").mkdir(parents=True)
     (quickstart.root / "data/quickstart/shards/manifest.json").write_text("{}")
     assert names(quickstart()) == ["teacher 0", "baseline 0", "let 0"]

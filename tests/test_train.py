@@ -17,7 +17,7 @@ from streaming import MDSWriter
 from let_composer import LET
 from let_composer.configuration import load
 
-YAMLS = Path(__file__).parents[1] / "yamls"
+ELSEWHERE = {"data": "nowhere", "tokenizer": "nowhere"}
 
 
 def write(path: Path, algorithms: str) -> str:
@@ -96,20 +96,22 @@ def test_a_bad_list_is_explained(tmp_path, algorithms, message):
         (["max_duraton=2ba"], "train.py: the YAML has no 'max_duraton' .did you mean 'max_duration'"),
         (["algorithms.let.wieght=1"], "train.py: LET has no option 'wieght' .did you mean 'weight'"),
         (["algorithms.let.weight=-1"], "train.py: weight must be finite"),
-        (["seed=???"], "train.py: .*run.yaml leaves seed open"),
+        (["run_name=???"], "train.py: .*run.yaml leaves run_name open"),
         (["a=[1"], "train.py: the command line cannot be read"),
         (["nowhere.yaml"], "train.py: there is no YAML at 'nowhere.yaml'"),
+        (["global_train_batch_size=null"], "train.py: the YAML has no global_train_batch_size, which training needs"),
     ],
 )
 def test_what_a_user_can_put_right_is_told_in_a_line(tmp_path, given, message):
+    path = foundry_yaml(tmp_path, variables=ELSEWHERE, algorithms={"let": {}})
     with pytest.raises(SystemExit, match=message):
-        script.main([write(tmp_path / "run.yaml", " [let]"), *given])
+        script.main([path, *given])
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "train", lambda config: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
-        script.main([write(tmp_path / "run.yaml", " [let]")])
+        script.main([foundry_yaml(tmp_path, variables=ELSEWHERE)])
 
 
 def test_the_entry_point_is_installed():

@@ -54,15 +54,8 @@ class Part:
 
 
 def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: bool = False) -> list[Part]:
-    """What is to be run, most wanted first.
-
-    Args:
-        out: Where results go.
-        gpu: Name for step.py.
-        has_flash: Whether flash-attn can be used; without it attention keeps ``[S, S]`` matrices, so batches are small.
-        memory_gib: Of the device.
-        rehearse: Whether it is a rehearsal, which makes its own data.
-    """
+    """What is to be run, most wanted first. Without flash-attn attention keeps ``[S, S]`` matrices, so batches are
+    small; a rehearsal makes its own data."""
 
     def tests(name: str, file: str, limit: int, shows: str) -> Part:
         many = ["-n", "8"] if importlib.util.find_spec("xdist") and not rehearse else []
@@ -78,17 +71,21 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
         name = name or f"{script}-{size}"
         command = [f"{FOLDER}/{script}.py", f"yamls/let_{size}.yaml", *([] if has_flash else PLAIN)]
         command += [f"global_train_batch_size={batch}", f"device_train_microbatch_size={micro}", *options]
-        toy = f"{TOY} device_train_microbatch_size=1 " + ("--rounds 2 --steps 3" if script == "step" else "--repeats 2")
-        shows = "times, memory, utilisation" + (", the search for a microbatch" if micro == "auto" else "")
-        shows = shows if script == "step" else "graph capture and streams"
-        return Part(name, [*command, "--out", str(out / name)], 300, toy, shows)
+        return Part(name, [*command, "--out", str(out / name)], 300, f"{TOY} device_train_microbatch_size=1")
 
-    def step(size: str, batch: int, micro: Any, *options: str, name: str = "") -> Part:
-        return model("step", size, batch, micro, "--gpu", gpu, *options, name=name)
+    def step(size: str, batch: int, micro: Any, name: str = "") -> Part:
+        part = model("step", size, batch, micro, "--gpu", gpu, name=name)
+        part.toy += " --rounds 2 --steps 3"
+        part.gpu = "times, memory, utilisation" + (", the search for a microbatch" if micro == "auto" else "")
+        return part
 
     def teacher(size: str, batch: int) -> list[Part]:  # apart: one that fails may leave the device unusable
-        options = [("--form", form) for form in ("eager", "captured", "compiled")]
-        return [model("teacher", size, batch, batch, *o, name=f"teacher-{size}-{o[1]}") for o in options]
+        forms = ("eager", "captured", "compiled")
+        found = [model("teacher", size, batch, batch, "--form", f, name=f"teacher-{size}-{f}") for f in forms]
+        for part in found:
+            part.toy += " --repeats 2"
+            part.gpu = "graph capture and streams"
+        return found
 
     small = 8 if has_flash else 2
     found = [
@@ -110,13 +107,9 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     command += ["variables.attention=flash"] if has_flash else []
     toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba eval_subset_num_batches=1"
     toy += " global_train_batch_size=2 device_train_microbatch_size=1 device_eval_batch_size=1"
-    toy += "".join(
-        f" {side}_loader.{key}"
-        for side in ("train", "eval")
-        for key in (f"dataset.local={out}/toy/shards", "num_workers=1")
-    )
-    toy += "".join(f" variables.{key}={out}/toy/teacher" for key in ("tokenizer", "pretrained"))
-    toy += " --only baseline pretrained-1"
+    for loader in ("train_loader", "eval_loader"):
+        toy += f" {loader}.dataset.local={out}/toy/shards {loader}.num_workers=1"
+    toy += f" variables.tokenizer={out}/toy/teacher variables.pretrained={out}/toy/teacher --only baseline pretrained-1"
     if rehearse:
         found.append(Part("toy-data", [f"{FOLDER}/toy_data.py", str(out / "toy")], 120))
     if rehearse or (ROOT / DATA).exists():  # last: it fills whatever time is left
@@ -125,14 +118,8 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
 
 
 def run(part: Part, out: Path, environment: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Run one part and keep its output.
-
-    Args:
-        part: What to run.
-        out: Where ``<part>.log`` goes.
-        environment: Stored with the result, so that it counts for these sources and this device alone.
-        seconds: How long it may take, its own limit aside.
-    """
+    """Run one part, for so many seconds at most and within its own limit, and keep its output in ``OUT/<part>.log``.
+    The environment is stored with the result, which counts for these sources and this device alone."""
     start, log = time.time(), out / f"{part.name}.log"
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
@@ -180,7 +167,7 @@ def write_report(out: Path, results: list[dict[str, Any]], missing: list[str], g
 
 
 def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = parts) -> int:
-    """Command line of the module's docstring; the number of parts that failed or were not reached."""
+    """Command line; the number of parts that failed or were not reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="h100", help="name in let-composer plan's table (default: h100)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_report"))
@@ -243,7 +230,6 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
 
 def _ceilings() -> dict[str, float]:
     """What this device reaches, to compare with: a large copy (bytes read and written) and a square matmul."""
-
     from torch.utils.benchmark import Timer
 
     device, elements, width = ("cuda", 2**30, 8192) if torch.cuda.is_available() else ("cpu", 2**22, 256)

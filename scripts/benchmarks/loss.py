@@ -17,11 +17,10 @@ import argparse
 import itertools
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from machine import machine, write
 from torch._functorch import config as functorch
@@ -77,14 +78,7 @@ def compile_report(
     dtype: str = "bfloat16",
     normalized: bool = False,
 ) -> list[dict]:
-    """Compile what a guided step launches, for either side resized; one row per binary.
-
-    Args:
-        pairs: Widths, student/teacher.
-        architectures: Compute capabilities, times ten.
-        dtype: Of the student; the teacher is in bf16.
-        normalized: Whether the teacher's features are standardised.
-    """
+    """Compile what a guided step launches, for either side resized; one row per binary. The teacher is in bf16."""
     from let_composer.loss import kernels
 
     rows: dict[str, dict] = {}
@@ -102,26 +96,27 @@ def compile_report(
             for kernel, compiled in found:
                 if compiled.hash in rows:  # the same for other widths or the other side
                     continue
-                row = {"kernel": kernel.__name__.strip("_").removesuffix("_kernel"), "pair": pair, "resize": resize}
                 constants = {kernel.arg_names[i]: value for (i,), value in compiled.src.constants.items()}
-                tile = [str(constants[name]) for name in ("R", "G", "V", "C") if name in constants]
-                row |= {"student": dtype, "normalized": normalized, "sm": sm}
-                row |= {"tile": "x".join(tile), "warps": compiled.metadata.num_warps}
-                rows[compiled.hash] = row | _inspect(compiled)
+                rows[compiled.hash] = {
+                    "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
+                    "pair": pair,
+                    "resize": resize,
+                    "student": dtype,
+                    "normalized": normalized,
+                    "sm": sm,
+                    "tile": "x".join(str(constants[name]) for name in ("R", "G", "V", "C") if name in constants),
+                    "warps": compiled.metadata.num_warps,
+                    **_inspect(compiled),
+                }
     return list(rows.values())
 
 
 def worst(rows: list[dict]) -> list[dict]:
     """The most of every kind of kernel over all pairs of widths, and the pair of the most registers."""
-    kinds: dict[tuple, list[dict]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("kernel", "resize", "student", "normalized", "sm"))
-        kinds.setdefault(key, []).append(row)
-    most = ("registers", "spilled", "shared", "instructions", "barriers")
-    return [
-        max(group, key=lambda row: row["registers"]) | {name: max(row[name] for row in group) for name in most}
-        for group in kinds.values()
-    ]
+    kind = ["kernel", "resize", "student", "normalized", "sm"]
+    most = ["registers", "spilled", "shared", "instructions", "barriers"]
+    groups: Any = pd.DataFrame(rows).groupby(kind, sort=False)
+    return [group.loc[group.registers.idxmax()].to_dict() | group[most].max().to_dict() for _, group in groups]
 
 
 def _inspect(compiled) -> dict:
@@ -137,9 +132,13 @@ def _inspect(compiled) -> dict:
     assert found is not None, text
     registers, stack, shared, local = map(int, found.groups())
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(\w[\w.]*)", text, re.MULTILINE)
-    row: dict[str, Any] = {"registers": registers, "spilled": stack + local, "shared": shared}
-    row |= {"instructions": len(opcodes) - opcodes.count("NOP")}
-    row |= {"barriers": sum(opcode.startswith("BAR") for opcode in opcodes)}
+    row: dict[str, Any] = {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": shared,
+        "instructions": len(opcodes) - opcodes.count("NOP"),
+        "barriers": sum(opcode.startswith("BAR") for opcode in opcodes),
+    }
     for name, instruction in (("loads", "ld"), ("stores", "st")):
         accesses = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", compiled.asm["ptx"])
         row[name] = dict(sorted(Counter(int(vector or 1) * int(bits) for vector, bits in accesses).items()))
@@ -147,51 +146,39 @@ def _inspect(compiled) -> dict:
 
 
 def report_table(rows: list[dict]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        cells = row | {key: ", ".join(f"{n}x{bits}" for bits, n in row[key].items()) for key in ("loads", "stores")}
-        lines.append("| " + " | ".join(str(cell) for cell in cells.values()) + " |")
-    return "\n".join(lines)
+    table: Any = pd.DataFrame(rows)
+    for column in ("loads", "stores"):
+        table[column] = [", ".join(f"{count}x{bits}" for bits, count in cell.items()) for cell in table[column]]
+    return table.to_markdown(index=False)
 
 
 # --- the benchmark ---
 
 
-def compulsory_bytes(which: str, student: int, teacher: int, itemsize: int) -> int:
-    """Bytes of a token that must cross the memory bus at least once; the teacher is in bf16."""
-    return {
-        "forward": student * itemsize + teacher * 2 + 1 + 12,  # states, mask, what is saved
-        "backward": 2 * student * itemsize + teacher * 2 + 12,  # states and gradient, what was saved
-        "target_sum": teacher * 2 + 4,
-    }[which]
-
-
-def methods(names: Sequence[str], implementation: Implementation, resize: Resize) -> dict[str, Callable]:
-    """Functions of student, teacher, mask and a vector or None that serves as mean and deviation."""
-
-    def ours(student, teacher, mask, mean):
-        return alignment(
+def method(name: str, implementation: Implementation, resize: Resize) -> Callable:
+    """A function of student, teacher, mask and a vector or None that serves as mean and deviation."""
+    if name == "ours":
+        return lambda student, teacher, mask, mean: alignment(
             student, teacher, mask, teacher_mean=mean, teacher_std=mean, resize=resize, implementation=implementation
-        )  # fmt: skip
+        )
 
     def eager(student, teacher, mask, mean):
         return reference.alignment(student, teacher, mask, mean, mean, resize)
 
     functorch.donated_buffer = False  # so that a backward can run again and again
     torch._dynamo.reset()  # or sizes that were seen before make it compile for any size
-    compiled = torch.compile(eager, dynamic=False)
-    return {name: {"ours": ours, "eager": eager, "compiled": compiled}[name] for name in names}
+    return eager if name == "eager" else torch.compile(eager, dynamic=False)
 
 
-def inputs(tokens: int, pair: str, dtype: torch.dtype, device: str, normalized: bool) -> tuple[Any, ...]:
+def inputs(tokens: int, pair: str, options: argparse.Namespace) -> tuple[Any, ...]:
     """Student, teacher, mask, and mean or None."""
-    student, teacher = map(int, pair.split("/"))
+    (student, teacher), device = map(int, pair.split("/")), options.device
     torch.manual_seed(0)
     return (
-        torch.randn(tokens, student, device=device).to(dtype).requires_grad_(),
+        torch.randn(tokens, student, device=device).to(getattr(torch, options.dtype)).requires_grad_(),
         torch.randn(tokens, teacher, device=device).bfloat16(),
         torch.rand(tokens, device=device) < 0.8,
-        torch.rand(teacher, device=device) + 0.5 if normalized else None,
+        torch.rand(teacher, device=device) + 0.5 if options.normalize else None,
     )
 
 
@@ -220,20 +207,13 @@ def timed(step: Callable[[], object], repeats: int, device: str) -> dict[str, fl
         import triton.testing
 
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(20):
-            step()
-        host = (time.perf_counter() - begin) / 20 * 1e3
+        host = timeit.timeit(step, number=20) / 20 * 1e3
         torch.cuda.synchronize()
         times: Any = triton.testing.do_bench(step, rep=repeats, return_mode="all")
     else:
-        host, times = 0.0, []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - begin) * 1e3)
-    quantiles = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-    return {"ms": statistics.median(times), "ms_p20": quantiles[0], "ms_p80": quantiles[3], "host_ms": host}
+        host, times = 0.0, [1e3 * seconds for seconds in timeit.repeat(step, number=1, repeat=repeats)]
+    low, middle, high = np.quantile(times, (0.2, 0.5, 0.8)).tolist()
+    return {"ms": middle, "ms_p20": low, "ms_p80": high, "host_ms": host}
 
 
 def copy_bandwidth(device: str) -> float:
@@ -264,32 +244,38 @@ def measure(name: str, function: Callable, states: tuple[Any, ...], options: arg
         width = student.shape[-1] if options.resize == "teacher" else teacher.shape[-1]
         how = options.implementation if name == "ours" else "torch"
         steps["target_sum"] = lambda: target_sum(teacher, mask, width=width, implementation=how, **options_of)
+    student_bytes, teacher_bytes = (states.shape[-1] * states.element_size() for states in (student, teacher))
+    compulsory = {
+        "forward": student_bytes + teacher_bytes + 1 + 12,  # states, mask, what is saved
+        "backward": 2 * student_bytes + teacher_bytes + 12,  # states and gradient, what was saved
+        "target_sum": teacher_bytes + 4,
+    }
     rows = []
     for which, step in steps.items():
         times = timed(step, options.repeats, options.device)
-        moved = len(mask) * compulsory_bytes(which, student.shape[-1], teacher.shape[-1], student.element_size())
+        moved = len(mask) * compulsory[which]
         rows.append({"pass": which, **times, "gb_per_s": moved / 1e6 / times["ms"], "peak_extra_mib": memory})
     return rows
 
 
 def benchmark(options: argparse.Namespace) -> dict:
-    path, dtype = options.out / "loss.json", getattr(torch, options.dtype)
+    path = options.out / "loss.json"
     how = {key: getattr(options, key) for key in ("resize", "dtype", "normalize")}
     report = json.loads(path.read_text()) if path.exists() else {}
     about = machine()
     if report.get("how") != how or any(report["machine"][key] != about[key] for key in about if key != "date"):
         report = {"machine": about, "how": how, "copy_gb_per_s": copy_bandwidth(options.device), "results": []}
     for pair in options.pairs:
-        small = inputs(257 if options.device == "cuda" else 5, pair, dtype, options.device, options.normalize)
-        functions = methods(["eager", *options.methods], options.implementation, options.resize)
+        small = inputs(257 if options.device == "cuda" else 5, pair, options)
+        eager = method("eager", options.implementation, options.resize)
         for name in options.methods:
-            gate(functions[name], functions["eager"], small, f"{pair}, {name}")
+            gate(method(name, options.implementation, options.resize), eager, small, f"{pair}, {name}")
     for tokens, pair, name in itertools.product(options.tokens, options.pairs, options.methods):
         cell = {"pair": pair, "tokens": tokens, "method": name}
         if any(cell.items() <= row.items() for row in report["results"]):
             continue
-        function = methods([name], options.implementation, options.resize)[name]
-        for row in measure(name, function, inputs(tokens, pair, dtype, options.device, options.normalize), options):
+        function = method(name, options.implementation, options.resize)
+        for row in measure(name, function, inputs(tokens, pair, options), options):
             row = cell | row | {"share": row["gb_per_s"] / report["copy_gb_per_s"]}
             report["results"].append(row)
             print(
@@ -308,18 +294,16 @@ def draw(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pairs = list(dict.fromkeys(row["pair"] for row in report["results"]))
+    found: Any = pd.DataFrame(report["results"])
+    pairs = list(found.pair.unique())
     size = (3 * len(pairs) + 1, 6)
     figure, panels = pyplot.subplots(2, len(pairs), figsize=size, sharex=True, sharey=True, squeeze=False)
     for (i, which), (j, pair) in itertools.product(enumerate(PASSES[:2]), enumerate(pairs)):
-        rows = [row for row in report["results"] if (row["pair"], row["pass"]) == (pair, which)]
-        for method in dict.fromkeys(row["method"] for row in rows):
-            line = sorted((row["tokens"], row["share"]) for row in rows if row["method"] == method)
-            panels[i][j].plot(*zip(*line, strict=True), marker="o", label=method)
-        panels[i][j].set(title=f"student/teacher {pair}, {which}", xscale="log", ylim=(0, None))
-        panels[1][j].set_xlabel("tokens")
-        panels[i][0].set_ylabel("share of copy bandwidth")
-    panels[0][-1].legend()
+        rows = found[(found.pair == pair) & (found["pass"] == which)]
+        shares = rows.pivot(index="tokens", columns="method", values="share")
+        shares.plot(ax=panels[i][j], marker="o", logx=True, legend=(i, pair) == (0, pairs[-1]))
+        panels[i][j].set(title=f"student/teacher {pair}, {which}", ylabel="share of copy bandwidth")
+    panels[0][0].set_ylim(bottom=0)  # last: once it is set, the shared axis does not grow
     about, how = report["machine"], report["how"]
     figure.suptitle(
         f"{about['device']}, {how['resize']} resized, {how['dtype']}{', standardised' * how['normalize']}, "
@@ -332,29 +316,23 @@ def draw(report: dict, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-report", action="store_true", help="print how the kernels compile, as markdown")
     parser.add_argument("--worst", action="store_true", help="of the compile report, the most over all pairs alone")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loss"), help="folder of JSON and picture")
-    parser.add_argument("--sm", nargs="+", type=int, default=list(ARCHITECTURES), help="architectures of the report")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths, or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument(
-        "--resize", default="student", choices=["student", "teacher"], help="whose features are resized"
-    )
+    parser.add_argument("--resize", default="student", choices=["student", "teacher"], help="whose features")
     parser.add_argument("--normalize", action="store_true", help="standardise the teacher's features")
     parser.add_argument("--implementation", default="auto", help="of ours: auto, triton or torch")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the student"
-    )
+    parser.add_argument("--dtype", default="bfloat16", help="of the student (default: %(default)s)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=100, help="milliseconds of each timing; on the CPU, calls")
     options = parser.parse_args(arguments)
     if options.compile_report:
         pairs = [f"{a}/{b}" for a in WIDTHS for b in WIDTHS] if options.pairs == ["all"] else options.pairs
-        rows = compile_report(pairs, options.sm, options.dtype, options.normalize)
+        rows = compile_report(pairs, dtype=options.dtype, normalized=options.normalize)
         print(report_table(worst(rows) if options.worst else rows))
         return
     if options.device == "cuda" and not torch.cuda.is_available():

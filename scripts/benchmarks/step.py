@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from composer import Callback, DataSpec, Event, Logger, State, Trainer
 from llmfoundry.utils.builders import build_composer_model
@@ -52,7 +53,6 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        """Of all steps."""
         return float(np.median(np.concatenate(self.seconds)))
 
 
@@ -78,11 +78,7 @@ class _Clock(Callback):
 
 
 def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
-    """The YAML's student, LET's options with a teacher in ``folder`` of the YAML's shape, and the smaller vocabulary.
-
-    Raises:
-        ValueError: If the YAML has no LET.
-    """
+    """The YAML's student, LET's options with a teacher in ``folder`` of its shape, and the smaller vocabulary."""
     options = (config.get("algorithms") or {}).get("let")
     if options is None:
         raise ValueError("expected a YAML with algorithms.let: what is measured is its cost.")
@@ -102,14 +98,7 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
 def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Iterator[dict[str, Measurement]]:
     """Time the three kinds of steps of a training YAML; yields what there is after every round.
 
-    Args:
-        config: As `let_composer.configuration.load` reads it, with ``algorithms.let``.
-        rounds: How often the kinds take turns.
-        steps: Steps of each kind in a round, warm-up included.
-        warmup: Steps at the start of each turn that do not count.
-
-    Raises:
-        ValueError: If nothing would be left to measure, or the YAML has no LET.
+    ``steps`` are those of each kind in a round; of each turn the first ``warmup`` do not count.
     """
     if steps <= warmup or rounds < 1:
         raise ValueError(f"expected at least one round of more than {warmup} steps, got {rounds} of {steps}.")
@@ -161,33 +150,30 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
 
 def table(found: dict[str, Measurement], plan: Plan, hardware: Hardware | None) -> str:
     """The measurements as text, next to the plan's expectation."""
-    plain = found["plain"]
-    by_round = {
-        kind: [float(np.median(a) / np.median(b)) for a, b in zip(found[kind].seconds, plain.seconds, strict=True)]
-        for kind in KINDS
-    }
-    lines = ["steps       s/step  tokens/s  of plain, median (least - most over rounds)  peak GiB  utilisation"]
-    tokens = plan.global_batch * plan.sequence_length
-    for kind in KINDS:
-        entry = found[kind]
-        ratios = by_round[kind]
+    tokens, rows, of_plain = plan.global_batch * plan.sequence_length, {}, {}
+    for kind, entry in found.items():
+        rounds = zip(entry.seconds, found["plain"].seconds, strict=True)
+        of_plain[kind] = ratios = [float(np.median(own) / np.median(plain)) for own, plain in rounds]
         flops = plan.step_flops * (1 + plan.guided_overhead * (kind == "guided"))
-        used = f"{flops / entry.median / hardware.tflops / 1e12:.1%}" if hardware else "-"
-        peak = "-" if entry.peak_gib is None else f"{entry.peak_gib:.2f}"
-        spread = f"{np.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
-        lines.append(
-            f"{kind:<10} {entry.median:>7.4f} {tokens / entry.median:>9,.0f}  {spread:<43} {peak:>9}  {used:>11}"
-        )
-    expected, ratio = 1 + plan.guided_overhead, float(np.median(by_round["guided"]))
-    lines.append(
+        rows[kind] = {
+            "s/step": f"{entry.median:.4f}",
+            "tokens/s": f"{tokens / entry.median:,.0f}",
+            "of plain, median (least - most over rounds)": (
+                f"{np.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
+            ),
+            "peak GiB": "-" if entry.peak_gib is None else f"{entry.peak_gib:.2f}",
+            "utilisation": f"{flops / entry.median / hardware.tflops / 1e12:.1%}" if hardware else "-",
+        }
+    expected, ratio = 1 + plan.guided_overhead, float(np.median(of_plain["guided"]))
+    return (
+        f"{pd.DataFrame(rows).T.to_string()}\n"
         f"guided / plain: {ratio:.3f} measured, {expected:.3f} expected from FLOPs: {ratio / expected - 1:+.1%} apart; "
         f"microbatches of {', '.join(sorted({str(entry.microbatch) for entry in found.values()}))}"
     )
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Measurement]:
-    """Command line of the module's docstring; returns what it measured."""
+    """Command line; returns what it measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", help="a training YAML of llm-foundry with algorithms.let")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for scripts/train.py")

@@ -10,14 +10,15 @@ student's forward. A form that does not work here says why in the table. OUT.jso
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine, write
 from step import build
+from torch.utils.benchmark import Timer
 
 from let_composer.cli import told
 from let_composer.configuration import load
@@ -49,21 +50,31 @@ def captured(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     return replay
 
 
+def beside(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
+    """``run`` on a stream of its own: what starts it, and what waits for it and returns what it made."""
+    stream: Any = torch.cuda.Stream()
+    found: list[torch.Tensor] = []
+
+    def start() -> None:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found[:] = [run()]
+
+    def take() -> torch.Tensor:
+        torch.cuda.current_stream().wait_stream(stream)
+        return found[0]
+
+    return start, take
+
+
 def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    """Of a call, on average, the host kept waiting at both ends alone."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(3):
-        step()
-    wait()
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wait()
-    return (time.perf_counter() - begin) / repeats * 1e3
+    """Of a call, on average; torch's timer warms up, and waits for the device at both ends."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return timer.timeit(repeats).mean * 1e3
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Command line of the module's docstring; returns the rows."""
+    """Command line; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", help="a training YAML of llm-foundry with algorithms.let")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for scripts/train.py")
@@ -112,20 +123,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         try:
             run = forms[name]()
             row["teacher_ms"] = milliseconds(run, args.repeats)
-            row["in_line_ms"] = milliseconds(lambda run=run: student(after=run), args.repeats)
-            stream: Any = torch.cuda.Stream()
-            found: list[torch.Tensor] = []
-
-            def start(run=run, stream=stream, found=found) -> None:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    found[:] = [run()]
-
-            def take(stream=stream, found=found) -> torch.Tensor:
-                torch.cuda.current_stream().wait_stream(stream)
-                return found[0]
-
-            row["beside_ms"] = milliseconds(lambda start=start, take=take: student(start, take), args.repeats)
+            row["in_line_ms"] = milliseconds(partial(student, after=run), args.repeats)
+            row["beside_ms"] = milliseconds(partial(student, *beside(run)), args.repeats)
         except Exception as error:  # what a compiler or a capture may raise; the other forms are still to come
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         rows.append(row)
