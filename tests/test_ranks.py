@@ -1,5 +1,4 @@
-"""Two gloo ranks: the same collectives in the same order, together the gradient of one rank on the whole batch, and
-checkpoints that go on elsewhere."""
+"""Two gloo ranks: the same collectives, together the gradient of one rank, and checkpoints that go on elsewhere."""
 
 import json
 import os
@@ -11,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import build_data, load_tokenizer, metrics, parameters
+from conftest import allow_fsdp_without_cuda, build_data, load_tokenizer, metrics, parameters
 from ranks import CASES, RESUMED, resumable
 
 from let_composer import LET
@@ -24,37 +24,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "tests/ranks.py", *arguments]
-    return subprocess.run(
-        command,
-        cwd=Path(__file__).parents[1],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TRITON_INTERPRET": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    ones = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_INTERPRET"), "1")
+    environment = {**os.environ, **ones, "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @contextmanager
 def one_rank() -> Iterator[None]:
     """FSDP2 needs a process group, even of one; and it warns that it is experimental."""
-    current_device, environment = torch.cuda.current_device, dict(os.environ)
-    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), patch.dict(os.environ), patch("torch.cuda.current_device"):
+        warnings.simplefilter("ignore")
+        allow_fsdp_without_cuda()
+        try:
             yield
-    finally:
-        torch.cuda.current_device = current_device
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
