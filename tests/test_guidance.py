@@ -1,5 +1,7 @@
 """A guided batch in a real Trainer: separation, accumulation, numbers, and the company that users have."""
 
+import functools
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from conftest import (
     balanced_loss,
     build_data,
     build_student,
+    counted,
     evaluator,
     hf_student,
     metrics,
@@ -28,7 +31,6 @@ from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from let_composer import LET, RKD, alignment_loss
-from let_composer.loss import alignment
 from let_composer.teacher import Teacher
 
 
@@ -106,27 +108,17 @@ class TestAccumulation:
     def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, let, teacher_folder):
         data = build_data(tokenizer, ragged=True)
         batch = next(iter(data.dataloader))
-        guided = train(
-            let(stop="1ba", weight=0.5),
-            data=data,
-            device_train_microbatch_size=2,
-            accumulate_train_batch_on_tokens=False,
-            max_duration="1ba",
-            lr=1.0,
-        )
+        options = {"device_train_microbatch_size": 2, "accumulate_train_batch_on_tokens": False}
+        guided = train(let(stop="1ba", weight=0.5), data=data, **options, max_duration="1ba", lr=1.0)
         model, teacher = build_student(tokenizer), Teacher(teacher_folder)
         for rows in torch.arange(8).split(2):
             part = {key: batch[key][rows] for key in ("input_ids", "labels", "attention_mask")}
-            outputs = model.model(part["input_ids"], attention_mask=part["attention_mask"], output_hidden_states=True)
-            mask = torch.nn.functional.pad(part["labels"][:, 1:] != -100, (0, 1))
-            term = alignment_loss(
-                outputs.hidden_states[3], teacher.hidden(part["input_ids"], part["attention_mask"]), mask
-            )
+            ids, mask = part["input_ids"], part["attention_mask"]
+            outputs = model.model(ids, attention_mask=mask, output_hidden_states=True)
+            term = alignment_loss(outputs.hidden_states[3], teacher.hidden(ids, mask), counted(part))
             (0.25 * (model.loss(outputs, part) + 0.5 * term)).backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= p.grad
-        assert_close(dict(model.named_parameters()), parameters(guided))
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        assert_close({name: p.detach() for name, p in model.named_parameters()}, parameters(guided))
 
     def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, let):
         data = build_data(tokenizer, ragged=True)
@@ -167,15 +159,14 @@ class TestNumbers:
         assert caplog.text.count("let/usable is 0.47") == 1
 
     def test_a_student_equal_to_its_teacher(self, train, tokenizer, let, teacher_folder):
-        def run(*algorithms: Any):
-            model = hf_student(tokenizer, teacher_folder)
-            return train(*algorithms, model=model, max_duration="1ba")
-
-        guided = run(let(student_layer=1, teacher_layer=1, stop="1ba"))
+        same = let(student_layer=1, teacher_layer=1, stop="1ba")
+        plain, guided = (
+            train(*algorithms, model=hf_student(tokenizer, teacher_folder), max_duration="1ba")
+            for algorithms in ((), (same,))
+        )
         assert metrics(guided, "let/loss") == [pytest.approx(-1)]
-        plain = parameters(run())
-        for name, value in parameters(guided).items():
-            torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-7)
+        for name, value in parameters(plain).items():
+            torch.testing.assert_close(parameters(guided)[name], value, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [LET, RKD])
@@ -263,14 +254,11 @@ class TestCompany:
             calls: list[int] = []
             tried = Tried()
 
-            def failing(function: Any) -> Any:
-                def call(*args: Any, **kwargs: Any) -> Any:
-                    calls.append(1)
-                    if fails and len(calls) == 4:  # the second microbatch of the second batch
-                        raise torch.OutOfMemoryError("CUDA out of memory")
-                    return function(*args, **kwargs)
-
-                return call
+            def failing(*args: Any, function: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                if fails and len(calls) == 4:  # the second microbatch of the second batch
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return function(*args, **kwargs)
 
             model = build_student(tokenizer)
             blocks = model.model.transformer.blocks
@@ -279,14 +267,13 @@ class TestCompany:
             options = {"device_train_microbatch_size": 4, "max_duration": "4ba", "callbacks": [tried]}
             trainer = train(algorithm, model=model, **options, fit=False)
             trainer.state.auto_microbatching = True  # Composer offers it on CUDA only
-            if place == "student":
-                blocks[3].forward = failing(blocks[3].forward)  # behind what is captured
-            elif place == "teacher":
-                algorithm._teacher.hidden = failing(algorithm._teacher.hidden)
-            elif place == "term":
-                monkeypatch.setattr("let_composer.let.alignment", failing(alignment))
-            else:
-                model.loss = failing(model.loss)  # when the term is there already
+            owner, name = {
+                "student": (blocks[3], "forward"),  # behind what is captured
+                "teacher": (algorithm._teacher, "hidden"),
+                "term": (sys.modules[LET.__module__], "alignment"),
+                "loss": (model, "loss"),  # when the term is there already
+            }[place]
+            monkeypatch.setattr(owner, name, functools.partial(failing, function=getattr(owner, name)))
             trainer.fit()
             assert tried.left == [0] * (5 if fails else 4)
             return trainer, algorithm

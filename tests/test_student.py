@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -26,30 +27,20 @@ from transformers import (
 
 from let_composer.student import Capture, find_blocks, matmul_parameters, resolve_layer
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 SMALL = {
-    "llama": LlamaConfig(
-        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
-    ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
-    ),
+    "llama": LlamaConfig(**SIZES),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
     "gpt2": GPT2Config(vocab_size=99, n_embd=16, n_layer=4, n_head=2),
-    "qwen2": Qwen2Config(
-        vocab_size=99,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    ),
-    "opt": OPTConfig(
-        vocab_size=99,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-    ),
+    "qwen2": Qwen2Config(**SIZES),
+    "opt": OPTConfig(**SIZES, word_embed_proj_dim=16, ffn_dim=32),
 }
 
 
@@ -72,14 +63,11 @@ def test_mpt_blocks_are_found_below_the_composer_model(student):
     assert resolve_layer(student, -1)[1] is student.model.transformer.blocks[-1]
 
 
-def test_mixture_of_experts_lists_inside_blocks_do_not_count(student):
+def test_experts_in_blocks_and_lists_of_another_length_are_no_blocks(student):
+    experts, heads = (nn.ModuleList([nn.Linear(2, 2) for _ in range(count)]) for count in (4, 3))
     for block in student.model.transformer.blocks:
-        block.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])
-    assert find_blocks(student)[0] == "model.transformer.blocks"
-
-
-def test_of_two_lists_the_one_as_long_as_the_configuration_says(student):
-    student.heads = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+        block.experts = experts
+    student.heads = heads
     assert find_blocks(student)[0] == "model.transformer.blocks"
 
 
@@ -87,8 +75,7 @@ def test_an_encoder_decoder_is_ambiguous_and_a_dotted_path_is_the_way_out():
     model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=1, d_kv=8))
     with pytest.raises(ValueError, match="found 2: encoder.block.*decoder.block.*dotted path"):
         find_blocks(model)
-    path, module = resolve_layer(model, "decoder.block.1")
-    assert (path, module) == ("decoder.block.1", model.decoder.block[1])
+    assert resolve_layer(model, "decoder.block.1") == ("decoder.block.1", model.decoder.block[1])
 
 
 def test_no_blocks_at_all():

@@ -1,14 +1,16 @@
 """Teachers of many families, each through a real folder: what is refused by name, and what the others must keep."""
 
 import copy
+import functools
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, Reads
+from conftest import VOCABULARY, Reads, copy_teacher
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
-from test_student import SMALL
+from test_student import SIZES, SMALL
 from test_teacher import write_gguf
 from torch import nn
 from transformers import (
@@ -31,14 +33,6 @@ from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, build_body
 from let_composer.vocabulary import read_vocabulary
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 FAMILIES = {
     **SMALL,
     "mpt": MPTConfig(  # of llm-foundry, as a student is exported
@@ -58,7 +52,7 @@ FAMILIES = {
 WAITING = {"opt", "mixtral", "dynamic", "longrope"}  # families for which the host waits, as the docstring says
 MIXED = {
     "jamba": JambaConfig(
-        **{**SIZES, "num_hidden_layers": 4},
+        **SIZES,
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -67,7 +61,7 @@ MIXED = {
         mamba_dt_rank=4,
     ),
     "zamba2": Zamba2Config(
-        **{**SIZES, "num_hidden_layers": 4},
+        **SIZES,
         mamba_d_state=8,
         mamba_headdim=8,
         n_mamba_heads=4,
@@ -186,35 +180,32 @@ def test_a_model_without_its_head_is_refused_where_that_is_needed(train, let, te
 @pytest.mark.parametrize(("place", "message"), [("layers.1.mlp", "in 1 of 20 parameters"), ("embed", "embed_tokens")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(teacher_folder, tmp_path, place, message, value):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
-    next(p for name, p in model.named_parameters() if place in name).data[-1, -1] = value
-    model.save_pretrained(tmp_path)
+    def spoil(model: Any) -> None:
+        next(p for name, p in model.named_parameters() if place in name).data[-1, -1] = value
+
     with pytest.raises(ValueError, match=f"NaN or infinite.*{message}"):
-        Teacher(str(tmp_path))
+        Teacher(copy_teacher(teacher_folder, tmp_path, spoil))
 
 
 def test_states_that_overflow_are_refused(teacher_folder, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
-    for block in model.model.layers:
-        block.mlp.up_proj.weight.data.fill_(3e38)
-    model.save_pretrained(tmp_path)
+    def spoil(model: Any) -> None:
+        for block in model.model.layers:
+            block.mlp.up_proj.weight.data.fill_(3e38)
+
     with pytest.raises(ValueError, match="hidden states that are NaN or infinite"):
-        Teacher(str(tmp_path))
+        Teacher(copy_teacher(teacher_folder, tmp_path, spoil))
 
 
 @pytest.fixture
 def copied(teacher_folder, tmp_path) -> Any:
-    import shutil
-
     return shutil.copytree(teacher_folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("look", [build_body, Teacher])
-def test_an_adapter_is_not_taken_for_its_base(copied, look, head):
+@pytest.mark.parametrize("look", [build_body, Teacher, functools.partial(Teacher, head=True)])
+def test_an_adapter_is_not_taken_for_its_base(copied, look):
     (copied / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="is a PEFT adapter.*merge_and_unload"):
-        look(str(copied)) if look is build_body else look(str(copied), head=head)
+        look(str(copied))
 
 
 def test_a_quantised_model_is_refused_with_its_package(copied):

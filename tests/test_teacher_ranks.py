@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import copy_teacher
 from transformers import LlamaForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def ranks(teacher_folder, tokenizer, tmp_path_factory) -> list[dict[str, Any]]:
+def ranks(teacher_folder, tmp_path_factory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("out")
     for name, value in (("other", 0.5), ("broken", float("nan"))):
-        model: Any = LlamaForCausalLM.from_pretrained(teacher_folder)
-        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
-        model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+        copy_teacher(
+            teacher_folder, out / name, lambda model, value=value: model.model.norm.weight.data[0].fill_(value)
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
