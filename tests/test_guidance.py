@@ -120,15 +120,6 @@ class TestAccumulation:
         torch.optim.SGD(model.parameters(), lr=1.0).step()
         assert_close({name: p.detach() for name, p in model.named_parameters()}, parameters(guided))
 
-    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, let):
-        data = build_data(tokenizer, ragged=True)
-        trainer = train(let(stop="6ba", weight=0.7), data=data, device_train_microbatch_size=3)
-        parts = zip(*(metrics(trainer, f"let/{name}") for name in ("lm_loss", "weight", "loss")), strict=False)
-        expected = [lm + weight * loss for lm, weight, loss in parts]
-        assert metrics(trainer, "loss/train/total") == pytest.approx(expected, rel=1e-5)
-        assert metrics(trainer, "let/cosine") == [-loss for loss in metrics(trainer, "let/loss")]
-        assert all(0 < share < 1 for share in metrics(trainer, "let/teacher_flops_share"))
-
 
 class TestNumbers:
     """Invariants 7 and 8, and what is left out is counted."""
@@ -164,7 +155,7 @@ class TestNumbers:
             train(*algorithms, model=hf_student(tokenizer, teacher_folder), max_duration="1ba")
             for algorithms in ((), (same,))
         )
-        assert metrics(guided, "let/loss") == [pytest.approx(-1)]
+        assert metrics(guided, "let/loss") == [-metrics(guided, "let/cosine")[0]] == [pytest.approx(-1)]
         for name, value in parameters(plain).items():
             torch.testing.assert_close(parameters(guided)[name], value, rtol=0, atol=1e-7)
 
@@ -206,17 +197,29 @@ class Tried(Callback):
 class TestCompany:
     """Models, losses, algorithms and callbacks that users have."""
 
-    @pytest.mark.parametrize("return_dict", [True, False])  # without, Composer gets the loss as a tuple
-    def test_a_hugging_face_student(self, train, tokenizer, let, teacher_folder, return_dict):
-        model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": return_dict})
-        trainer = train(let(student_layer=1, stop="4ba"), model=model)
-        assert len(metrics(trainer, "let/loss")) == 4
-
-    def test_a_mixture_of_experts_loss(self, train, tokenizer, let):
-        trainer = train(let(stop="4ba"), model=balanced_loss(build_student(tokenizer)))
-        total, lm = metrics(trainer, "loss/train/total")[0], metrics(trainer, "let/lm_loss")[0]
-        assert lm == pytest.approx(metrics(trainer, "loss/train/loss")[0] + metrics(trainer, "loss/train/lbl")[0])
-        assert total == pytest.approx(lm + metrics(trainer, "let/loss")[0])
+    @pytest.mark.parametrize("method", [LET, RKD])
+    @pytest.mark.parametrize("kind", ["plain", "balanced", "tuples"])
+    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, teacher_folder, method, kind):
+        """RKD takes its weight from the cross-entropy, LET from nothing; neither touches a balancing loss."""
+        model = build_student(tokenizer)
+        if kind == "balanced":
+            model = balanced_loss(model)
+        elif kind == "tuples":  # an equal of the teacher, from which Composer gets the loss as a tuple
+            model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": False})
+        layer = {"student_layer": 1} if method is LET else {}
+        data = build_data(tokenizer, ragged=True)
+        algorithm = method(teacher_folder, weight=0.7, stop="6ba", **layer)
+        trainer = train(algorithm, model=model, data=data, device_train_microbatch_size=3)
+        logged = (metrics(trainer, f"{method.prefix}/{name}") for name in ("lm_loss", "loss", "weight"))
+        balances = metrics(trainer, "loss/train/lbl") if kind == "balanced" else [0] * 6
+        expected = [
+            lm + weight * (term - (float(lm - balance) if method is RKD else 0))
+            for lm, term, weight, balance in zip(*logged, balances, strict=False)
+        ]
+        assert metrics(trainer, "loss/train/total") == pytest.approx(expected, rel=1e-5)
+        assert all(0 < share < 1 for share in metrics(trainer, f"{method.prefix}/teacher_flops_share"))
+        if kind == "tuples" and method is RKD:
+            assert metrics(trainer, "kd/loss")[0] == pytest.approx(0, abs=1e-5)
 
     @pytest.mark.filterwarnings("ignore:KillLossSpike is experimental")
     def test_clipping_ema_loss_spikes_and_evaluation(self, train, tokenizer, let):

@@ -44,7 +44,8 @@ def test_value_from_the_definition(widths, resize):
     else:
         student = interpolated(student, widths[1])
     assert loss.shape == () and loss.dtype == torch.float64
-    torch.testing.assert_close(loss, -F.cosine_similarity(student, teacher, dim=-1)[mask].mean())
+    expected = -F.cosine_similarity(student, teacher, dim=-1)[mask].mean()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("widths", [(8, 8), (12, 5), (5, 12)])
@@ -73,20 +74,12 @@ def test_any_shape(tokens, widths, resize, dtype, seed):
     assert loss.dtype == torch.float32 and -1 - 1e-6 <= loss.item() <= 1 + 1e-6
     expected = alignment_loss(student.double(), teacher.double(), mask, resize=resize)
     torch.testing.assert_close(loss.double(), expected, rtol=0, atol=1e-4)
+    assert mask.any() or loss == 0
     grad = gradient(student, teacher, mask, resize=resize)
     assert grad.dtype == dtype and torch.isfinite(grad).all() and (grad[~mask] == 0).all()
     width = widths[0] if resize == "teacher" else widths[1]
     constant = target_sum(teacher, mask, width=width)
     assert constant.shape == (width,) and constant.norm() <= mask.sum() * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("shape", [(0, 8), (2, 3, 8)])
-def test_no_token_counts(shape):
-    student, teacher = states(*shape), states(*shape, seed=1)
-    mask = torch.zeros(shape[:-1], dtype=torch.bool)
-    assert alignment_loss(student, teacher, mask).item() == 0
-    assert torch.equal(gradient(student, teacher, mask), torch.zeros(shape, dtype=torch.float64))
-    assert torch.equal(target_sum(teacher, mask), torch.zeros(8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

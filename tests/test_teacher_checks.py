@@ -33,11 +33,17 @@ from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, build_body
 from let_composer.vocabulary import read_vocabulary
 
+MPT: dict[str, Any] = {  # of llm-foundry, as a student is exported
+    "vocab_size": 99,
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "max_seq_len": 16,
+    "attn_config": {"attn_impl": "torch"},
+}
 FAMILIES = {
     **SMALL,
-    "mpt": MPTConfig(  # of llm-foundry, as a student is exported
-        vocab_size=99, d_model=16, n_heads=2, n_layers=2, max_seq_len=16, attn_config={"attn_impl": "torch"}
-    ),
+    "mpt": MPTConfig(**MPT),
     "dynamic": LlamaConfig(**SIZES, max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
     "longrope": Phi3Config(
         **SIZES,
@@ -157,12 +163,10 @@ def test_a_hybrid_has_layers_but_does_not_separate_documents(name, tmp_path):
     [
         (GraniteConfig(**SIZES, logits_scaling=8.0), 0.125),
         (CohereConfig(**SIZES, pad_token_id=0, logit_scale=0.0625), 0.0625),
-        (MPTConfig(vocab_size=99, d_model=16, n_heads=2, n_layers=2, max_seq_len=16, logit_scale=3.0), 3),
+        (MPTConfig(**MPT, logit_scale=3.0), 3),
     ],
 )
 def test_logits_that_the_model_rescales_are_refused(config, ratio, tmp_path):
-    if isinstance(config, MPTConfig):
-        config.attn_config["attn_impl"] = "torch"
     save(config, tmp_path)
     Teacher(str(tmp_path))
     with pytest.raises(ValueError, match=f"more to its logits than its LM head: they are about {ratio} times"):

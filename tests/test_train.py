@@ -1,6 +1,5 @@
 """The train script's short forms and overrides, and LET through llm-foundry's own configuration and data path."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,11 @@ import numpy as np
 import pytest
 import train as script  # scripts/train.py
 from conftest import foundry_yaml
-from llmfoundry import registry
 from llmfoundry.command_utils.train import train_from_yaml
 from omegaconf import OmegaConf as om
 from streaming import MDSWriter
 
-from let_composer import LET
 from let_composer.configuration import load
-
-YAMLS = Path(__file__).parents[1] / "yamls"
 
 
 def write(path: Path, algorithms: str) -> str:
@@ -33,14 +28,8 @@ def write(path: Path, algorithms: str) -> str:
         ("\n  let:", {"let": {}}),
         ("\n  let: {}", {"let": {}}),
         ("\n  let: {weight: 0.3}", {"let": {"weight": 0.3}}),
-        (
-            " [gradient_clipping: {clipping_type: norm}, let]",
-            {"gradient_clipping": {"clipping_type": "norm"}, "let": {}},
-        ),
-        (
-            "\n- gradient_clipping:\n    clipping_type: norm\n- let:",
-            {"gradient_clipping": {"clipping_type": "norm"}, "let": {}},
-        ),
+        (" [ema: {half_life: 2ba}, let]", {"ema": {"half_life": "2ba"}, "let": {}}),
+        ("\n- ema:\n    half_life: 2ba\n- let:", {"ema": {"half_life": "2ba"}, "let": {}}),
         ("", {}),
     ],
 )
@@ -110,12 +99,6 @@ def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "train", lambda config: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         script.main([write(tmp_path / "run.yaml", " [let]")])
-
-
-def test_the_entry_point_is_installed():
-    (entry,) = importlib.metadata.entry_points(group="llmfoundry_algorithms", name="let")
-    assert entry.value == "let_composer:LET"
-    assert registry.algorithms.get("let") is LET
 
 
 @pytest.fixture
