@@ -72,7 +72,9 @@ def find_file(name: str, file: str) -> Path | None:
         found = Path(path, file)
         return found if found.is_file() else None
     try:
-        return Path(hf_hub_download(path, file, revision=options["revision"], local_files_only=constants.HF_HUB_OFFLINE))
+        return Path(
+            hf_hub_download(path, file, revision=options["revision"], local_files_only=constants.HF_HUB_OFFLINE)
+        )
     except (OSError, ValueError):  # there is no such model or file, or no network
         return None
 

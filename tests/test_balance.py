@@ -8,15 +8,7 @@ from conftest import assert_equal, build_data, build_student, copy_teacher, coun
 from transformers import LlamaForCausalLM
 
 from let_composer import LET, RKD, SALT, alignment_loss
-from let_composer.balance import (
-    GradientRatio,
-    RunningMean,
-    histogram,
-    lead_share,
-    measured,
-    sampled_loss,
-    stacking_weight,
-)
+from let_composer.balance import GradientRatio, histogram, lead_share, measured, sampled_loss, stacking_weight
 from let_composer.teacher import Teacher
 
 
@@ -69,14 +61,6 @@ def test_the_share_is_the_one_under_which_the_mixture_predicts_best():
 
 def test_a_lead_counts_in_full_from_half_a_nat():
     assert [lead_share(nats) for nats in (None, 9.0, 0.5, 0.3, 0.0, -1.0)] == pytest.approx([1, 1, 1, 0.6, 0, 0])
-
-
-def test_a_running_mean_leaves_out_what_is_not_finite():
-    mean = RunningMean()
-    assert mean.value is None
-    for found in (math.nan, 0.3, math.inf, 1.3):
-        mean.update(found)
-    assert mean.value == pytest.approx(0.9 * 0.3 + 0.1 * 1.3)
 
 
 @pytest.mark.parametrize("length, step", [(5, 1), (1000, 3)])

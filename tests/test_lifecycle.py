@@ -136,9 +136,10 @@ class TestRetirement:
         trainer.fit(duration="2ba")
         assert metrics(trainer, "let/weight") == [1, 0.75, 0.5, 0.25, 0]
 
-    def test_max_duration_given_to_fit(self, train, let, caplog):
-        trainer = train(let(stop="0.5dur"), max_duration=None, fit=False)
-        trainer.fit(duration="4ba")
+    @pytest.mark.parametrize("given", [{}, {"train_dataloader": None}])
+    def test_what_is_given_to_fit(self, train, tokenizer, let, given, caplog):
+        trainer = train(let(stop="0.5dur"), max_duration=None, **given, fit=False)
+        trainer.fit(train_dataloader=build_data(tokenizer), duration="4ba")
         assert metrics(trainer, "let/active") == [1, 1, 0]
         assert "LET guides until 2ba" in caplog.text
 
@@ -190,11 +191,6 @@ class TestLettingGo:
     def test_a_trainer_that_only_evaluates_needs_no_teacher(self, train, tokenizer, let):
         options = {"train_dataloader": None, "eval_dataloader": evaluator(tokenizer)}
         train(let(teacher="./nowhere"), **options, fit=False).eval()
-
-    def test_data_that_is_given_to_fit(self, train, tokenizer, let):
-        trainer = train(let(stop="2ba"), train_dataloader=None, max_duration=None, fit=False)
-        trainer.fit(train_dataloader=build_data(tokenizer), duration="3ba")
-        assert metrics(trainer, "let/active") == [1, 1, 0]
 
     def test_interrupted_copied_and_closed(self, train, let):
         trainer = train(algorithm := let(stop="6ba"), callbacks=[Interrupt()], fit=False)

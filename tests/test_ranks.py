@@ -138,19 +138,16 @@ class TestResume:
         assert over.keys() == {"loss/train/total"}
         self.assert_goes_on(over, uninterrupted, 6)
 
-    def test_let_added_to_a_run_without(self, results, checkpoints, loaded, teacher_folder):
+    @pytest.mark.parametrize(("name", "load", "guided"), [("added", "one_plain", 2), ("removed", "one", 0)])
+    def test_let_added_or_removed(self, results, checkpoints, loaded, teacher_folder, name, load, guided):
+        """As on one rank that does the same."""
         with one_rank():
-            monolithic = resumable(loaded, teacher_folder, checkpoints, load="one_plain/ep0-ba3-rank0.pt")
-        assert len(monolithic["let/loss"]) == 2
-        for name, values in results[0]["resumed"]["added"].items():
-            assert values == pytest.approx(monolithic[name], rel=1e-4), name
-
-    def test_let_removed(self, results, checkpoints, loaded):
-        with one_rank():
-            monolithic = resumable(loaded, None, checkpoints, load="one/ep0-ba3-rank0.pt")
-        assert monolithic.keys() == {"loss/train/total"}
-        removed = results[0]["resumed"]["removed"]
-        assert removed["loss/train/total"] == pytest.approx(monolithic["loss/train/total"], rel=1e-4)
+            teacher = teacher_folder if name == "added" else None
+            single = resumable(loaded, teacher, checkpoints, load=f"{load}/ep0-ba3-rank0.pt")
+        found = results[0]["resumed"][name]
+        assert found.keys() == single.keys() and len(found.get("let/loss", [])) == guided
+        for curve, values in found.items():
+            assert values == pytest.approx(single[curve], rel=1e-4), curve
 
     def test_a_run_that_is_killed_goes_on_by_itself(self, checkpoints, teacher_folder, uninterrupted):
         """Rank 1 was killed in the fifth batch at the end of the first launch."""

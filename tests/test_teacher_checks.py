@@ -8,25 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import VOCABULARY, Reads, copy_teacher
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
 from test_student import SIZES, SMALL
 from test_teacher import write_gguf
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma3TextConfig,
-    GPTJConfig,
-    GraniteConfig,
-    JambaConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MixtralConfig,
-    Phi3Config,
-    Zamba2Config,
-)
 
 from let_composer.pretrained import wanted
 from let_composer.student import matmul_parameters
@@ -44,20 +31,22 @@ MPT: dict[str, Any] = {  # of llm-foundry, as a student is exported
 FAMILIES = {
     **SMALL,
     "mpt": MPTConfig(**MPT),
-    "dynamic": LlamaConfig(**SIZES, max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-    "longrope": Phi3Config(
+    "dynamic": transformers.LlamaConfig(
+        **SIZES, max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}
+    ),
+    "longrope": transformers.Phi3Config(
         **SIZES,
         pad_token_id=0,
         original_max_position_embeddings=16,
         rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
     ),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8),
-    "gptj": GPTJConfig(vocab_size=99, n_embd=16, n_layer=2, n_head=2, rotary_dim=4),  # its head has a bias
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=8),
+    "gptj": transformers.GPTJConfig(vocab_size=99, n_embd=16, n_layer=2, n_head=2, rotary_dim=4),  # its head has a bias
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
 }
 WAITING = {"opt", "mixtral", "dynamic", "longrope"}  # families for which the host waits, as the docstring says
 MIXED = {
-    "jamba": JambaConfig(
+    "jamba": transformers.JambaConfig(
         **SIZES,
         attn_layer_period=2,
         attn_layer_offset=1,
@@ -66,7 +55,7 @@ MIXED = {
         use_mamba_kernels=False,
         mamba_dt_rank=4,
     ),
-    "zamba2": Zamba2Config(
+    "zamba2": transformers.Zamba2Config(
         **SIZES,
         mamba_d_state=8,
         mamba_headdim=8,
@@ -83,8 +72,8 @@ MIXED = {
 def save(config: Any, folder: Any) -> Any:
     torch.manual_seed(0)
     config = copy.deepcopy(config)
-    model = MPTForCausalLM(config) if isinstance(config, MPTConfig) else AutoModelForCausalLM.from_config(config)
-    model.eval()
+    build = MPTForCausalLM if isinstance(config, MPTConfig) else transformers.AutoModelForCausalLM.from_config
+    model: Any = build(config).eval()
     for name, p in model.named_parameters():  # biases begin as zeros
         if name.endswith("bias"):
             nn.init.normal_(p)
@@ -161,8 +150,8 @@ def test_a_hybrid_has_layers_but_does_not_separate_documents(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "ratio"),
     [
-        (GraniteConfig(**SIZES, logits_scaling=8.0), 0.125),
-        (CohereConfig(**SIZES, pad_token_id=0, logit_scale=0.0625), 0.0625),
+        (transformers.GraniteConfig(**SIZES, logits_scaling=8.0), 0.125),
+        (transformers.CohereConfig(**SIZES, pad_token_id=0, logit_scale=0.0625), 0.0625),
         (MPTConfig(**MPT, logit_scale=3.0), 3),
     ],
 )
@@ -174,7 +163,7 @@ def test_logits_that_the_model_rescales_are_refused(config, ratio, tmp_path):
 
 
 def test_a_model_without_its_head_is_refused_where_that_is_needed(train, let, teacher_folder, tokenizer, tmp_path):
-    LlamaModel.from_pretrained(teacher_folder).save_pretrained(tmp_path)
+    transformers.LlamaModel.from_pretrained(teacher_folder).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     train(let(teacher=str(tmp_path), weight=0.1), fit=False)
     with pytest.raises(ValueError, match="has no LM head.*weight: auto reads.*Give LET a number as weight"):
@@ -239,7 +228,7 @@ def test_a_damaged_file_is_named_with_its_size(copied, file):
 
 
 def test_damaged_weights_in_other_formats(teacher_folder, tokenizer, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(teacher_folder)
     model.save_pretrained(tmp_path, safe_serialization=False)
     Teacher(str(tmp_path))
     refused_in_parts(tmp_path / "pytorch_model.bin", tmp_path, Teacher)

@@ -28,8 +28,8 @@ def write(path: Path, algorithms: str) -> str:
         ("\n  let:", {"let": {}}),
         ("\n  let: {}", {"let": {}}),
         ("\n  let: {weight: 0.3}", {"let": {"weight": 0.3}}),
-        (" [ema: {half_life: 2ba}, let]", {"ema": {"half_life": "2ba"}, "let": {}}),
-        ("\n- ema:\n    half_life: 2ba\n- let:", {"ema": {"half_life": "2ba"}, "let": {}}),
+        (" [alibi: {max_sequence_length: 8}, let]", {"alibi": {"max_sequence_length": 8}, "let": {}}),
+        ("\n- alibi:\n    max_sequence_length: 8\n- let:", {"alibi": {"max_sequence_length": 8}, "let": {}}),
         ("", {}),
     ],
 )
