@@ -137,7 +137,7 @@ class TestRetirement:
         assert metrics(trainer, "let/weight") == [1, 0.75, 0.5, 0.25, 0]
 
     @pytest.mark.parametrize("given", [{}, {"train_dataloader": None}])
-    def test_what_is_given_to_fit(self, train, tokenizer, let, given, caplog):
+    def test_max_duration_and_data_given_to_fit(self, train, tokenizer, let, given, caplog):
         trainer = train(let(stop="0.5dur"), max_duration=None, **given, fit=False)
         trainer.fit(train_dataloader=build_data(tokenizer), duration="4ba")
         assert metrics(trainer, "let/active") == [1, 1, 0]
