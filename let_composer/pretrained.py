@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from let_composer.student import find_blocks
@@ -72,14 +71,12 @@ def find_file(name: str, file: str) -> Path | None:
     if "gguf_file" in options or os.path.isdir(path):
         found = Path(path, file)
         return found if found.is_file() else None
-    missing = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
     try:
-        found = cached_file(path, file, revision=options["revision"], **missing)
-    except (OSError, ValueError):
+        return Path(
+            hf_hub_download(path, file, revision=options["revision"], local_files_only=constants.HF_HUB_OFFLINE)
+        )
+    except (OSError, ValueError):  # there is no such model or file, or no network
         return None
-    return None if found is None else Path(found)
 
 
 def check_files(name: str) -> None:

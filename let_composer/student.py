@@ -13,12 +13,7 @@ __all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameter
 
 # Attributes under which FSDP1, activation checkpointing and torch.compile keep the module they wrap.
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-
-
-_ADVICE = (
-    "Name the block whose output is to be used by its dotted path, "
-    "for example student_layer: model.transformer.blocks.2"
-)
+_ADVICE = "Name the block to use by its dotted path, for example student_layer: model.transformer.blocks.2"
 
 
 def find_blocks(model: nn.Module, advice: str = _ADVICE) -> tuple[str, nn.ModuleList]:
@@ -80,8 +75,7 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
 
     Args:
         model: Any causal LM, wrapped or not.
-        layer: The number of blocks passed, as in HF ``hidden_states[layer]``; negative counts from the end, -1 being
-            the last block. Or the dotted path of a module.
+        layer: As for :func:`blocks_passed`, or the dotted path of a module.
 
     Returns:
         The module's dotted path, without the names of wrappers, and the outermost object found there.

@@ -93,9 +93,7 @@ class Teacher:
         self.body = body
         self._takes = inspect.signature(body.forward).parameters.keys()
         output = model.get_output_embeddings() if head else None
-        self._head: list[Tensor | None] = []
-        if output is not None:
-            self._head = [output.weight.detach(), getattr(output, "bias", None)]
+        self._head = [] if output is None else [output.weight.detach(), getattr(output, "bias", None)]
         self.parameters = matmul_parameters(body)
         self.head_parameters = sum(p.numel() for p in self._head if p is not None)
         self.fingerprint = fingerprint(body.named_parameters())

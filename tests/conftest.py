@@ -25,7 +25,7 @@ from let_composer import LET
 
 VOCABULARY = 64
 LENGTH = 16
-_STUDENTS: dict[Any, ComposerMPTCausalLM] = {}
+_STUDENTS: dict[str, ComposerMPTCausalLM] = {}
 
 gc.freeze()  # what is imported stays: the algorithm collects garbage at its end, and would look through all of it
 
@@ -115,29 +115,33 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def build_student(tokenizer: PreTrainedTokenizerFast, seed: int = 17, **overrides: Any) -> ComposerMPTCausalLM:
+def copy_teacher(folder: str, to: Path, change: Callable[[Any], Any] = lambda model: None) -> str:
+    """Save the teacher in ``folder`` in another one, with its tokenizer, after a change to the model in place."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    change(model)
+    model.save_pretrained(to)
+    load_tokenizer(folder).save_pretrained(to)
+    return str(to)
+
+
+def build_student(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> ComposerMPTCausalLM:
     """A copy of one that is built once, as llm-foundry takes half a second to look up how to initialise it."""
-    key = (id(tokenizer), seed, repr(overrides))
-    if key not in _STUDENTS:
-        _STUDENTS[key] = _new_student(tokenizer, seed, overrides)
-    torch.manual_seed(seed)
+    if (key := f"{id(tokenizer)} {overrides}") not in _STUDENTS:
+        options: dict[str, Any] = {
+            "d_model": 32,
+            "n_heads": 2,
+            "n_layers": 4,
+            "expansion_ratio": 2,
+            "max_seq_len": LENGTH,
+            "vocab_size": VOCABULARY,
+            "attn_config": {"attn_impl": "torch"},
+            "loss_fn": "torch_crossentropy",
+            "init_config": {"name": "kaiming_normal_"},
+        }
+        torch.manual_seed(17)
+        _STUDENTS[key] = ComposerMPTCausalLM(tokenizer=tokenizer, **{**options, **overrides})
+    torch.manual_seed(17)
     return copy.deepcopy(_STUDENTS[key], {id(tokenizer): tokenizer})
-
-
-def _new_student(tokenizer: PreTrainedTokenizerFast, seed: int, overrides: dict[str, Any]) -> ComposerMPTCausalLM:
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {
-        "d_model": 32,
-        "n_heads": 2,
-        "n_layers": 4,
-        "expansion_ratio": 2,
-        "max_seq_len": LENGTH,
-        "vocab_size": VOCABULARY,
-        "attn_config": {"attn_impl": "torch"},
-        "loss_fn": "torch_crossentropy",
-        "init_config": {"name": "kaiming_normal_"},
-    }
-    return ComposerMPTCausalLM(tokenizer=tokenizer, **{**options, **overrides})
 
 
 @pytest.fixture
@@ -176,29 +180,29 @@ def build_data(
     return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
 
 
+def build_trainer(tokenizer: PreTrainedTokenizerFast, *algorithms: Any, **options: Any) -> Trainer:
+    """A real Trainer on the CPU, whose first logger keeps metrics; ``optimizer`` is a class, ``lr`` its rate."""
+    model = options.pop("model", None) or build_student(tokenizer)
+    defaults: dict[str, Any] = {
+        "train_dataloader": options.pop("data", None) or build_data(tokenizer),
+        "optimizers": options.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=options.pop("lr", 0.1)),
+        "max_duration": "6ba",
+        "seed": 5,
+        "device": "cpu",
+        "precision": "fp32",
+        "accumulate_train_batch_on_tokens": True,
+        "progress_bar": False,
+        "loggers": [InMemoryLogger()],
+    }
+    return Trainer(model=model, algorithms=list(algorithms), **{**defaults, **options})
+
+
 @pytest.fixture(scope="session")
 def train(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Trainer]:
-    """Train a student for some batches with a real Trainer and return the trainer; its first logger keeps metrics."""
+    """Train a student for some batches; takes what :func:`build_trainer` takes, and returns the trainer."""
 
-    def run(*algorithms: Any, fit: bool = True, data: DataSpec | None = None, **overrides: Any) -> Trainer:
-        model = overrides.pop("model", None) or build_student(tokenizer)
-        optimizer = overrides.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=overrides.pop("lr", 0.1))
-        trainer = Trainer(
-            model=model,
-            train_dataloader=data or build_data(tokenizer),
-            optimizers=optimizer,
-            algorithms=list(algorithms),
-            seed=5,
-            **{
-                "max_duration": "6ba",
-                "device": "cpu",
-                "precision": "fp32",
-                "accumulate_train_batch_on_tokens": True,
-                "progress_bar": False,
-                "loggers": [InMemoryLogger()],
-                **overrides,
-            },
-        )
+    def run(*algorithms: Any, fit: bool = True, **options: Any) -> Trainer:
+        trainer = build_trainer(tokenizer, *algorithms, **options)
         if fit:
             trainer.fit()
         return trainer
@@ -223,6 +227,11 @@ def saved(train: Callable[..., Trainer], tmp_path: Path) -> Callable[..., dict[s
     return run
 
 
+def counted(batch: Any) -> torch.Tensor:
+    """The positions ``[B, S]`` whose next token counts."""
+    return torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+
+
 def metrics(trainer: Trainer, name: str) -> list[float]:
     """Everything that was logged under ``name``, in order."""
     logger = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
@@ -231,10 +240,6 @@ def metrics(trainer: Trainer, name: str) -> list[float]:
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def allow_fsdp_without_cuda() -> None:

@@ -16,10 +16,10 @@ from composer import Callback, Trainer
 from composer.loggers import InMemoryLogger, LoggerDestination
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from conftest import allow_fsdp_without_cuda, build_data, build_student, load_tokenizer
+from conftest import allow_fsdp_without_cuda, build_data, build_trainer, copy_teacher, load_tokenizer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from let_composer import LET
 from let_composer.student import resolve_layer
@@ -57,7 +57,6 @@ def build(
     tokenizer: PreTrainedTokenizerFast, teacher: str | None, batch_size: int = 4, **case: Any
 ) -> tuple[Trainer, InMemoryLogger]:
     """A Trainer with a student of its own, and with LET if there is a teacher."""
-    model = build_student(tokenizer)
     parallelism: dict[str, Any] = {}
     for name, config in (("fsdp1", FSDPConfig), ("fsdp2", FSDP2Config)):
         if name in case:
@@ -65,31 +64,17 @@ def build(
     if "tp" in case:
         parallelism["tp"] = case.pop("tp")
     options = {key: case.pop(key) for key in ("placement", "implementation", "stop") if key in case}
-    defaults: dict[str, Any] = {
-        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
-        "max_duration": "4ba",
-        "seed": 5,
-        "device": "cpu",
-        "precision": "fp32",
-        "accumulate_train_batch_on_tokens": True,
-        "progress_bar": False,
-        "dist_timeout": 60,
-    }
-    if optimizer := case.pop("optimizer", None):
-        defaults["optimizers"] = optimizer(model.parameters(), lr=1e-2)
-    if teacher is not None:
-        options = {"stop": "3ba", "weight": "auto", "normalize_teacher": "standardize", **options}
-        defaults["algorithms"] = LET(teacher, **options)
-    trainer = Trainer(
-        model=model,
+    options = {"stop": "3ba", "weight": "auto", "normalize_teacher": "standardize", **options}
+    trainer = build_trainer(
+        tokenizer,
+        *([] if teacher is None else [LET(teacher, **options)]),
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
-        train_dataloader=build_data(
-            tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True
-        ),
+        data=build_data(tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
         loggers=[logger := InMemoryLogger(), *case.pop("loggers", [])],
         callbacks=[_MeanOfGradients(), *case.pop("callbacks", [])],
         parallelism_config=parallelism or None,
-        **{**defaults, **case},
+        dist_timeout=60,
+        **{"max_duration": "4ba", **case},
     )
     return trainer, logger
 
@@ -121,15 +106,10 @@ def resumable(
     load: str | None = None,
     **options: Any,
 ) -> dict[str, list[float]]:
-    """The curves of a run that may be saved and loaded, batch by batch from where it was loaded.
+    """The curves of a run, batch by batch from where it was loaded.
 
-    Args:
-        tokenizer: The student's.
-        teacher: Or ``None`` for a run without LET.
-        out: Where the checkpoints of all runs are.
-        fsdp: ``"full"`` or ``"sharded"`` for FSDP2 with checkpoints of this kind. Default: without, or with DDP.
-        load: The checkpoint to go on from.
-        options: Of the Trainer; ``save`` is the folder for checkpoints.
+    Checkpoints are folders in ``out``: ``load`` is the one to go on from, ``save`` (of the options) one to fill.
+    ``fsdp`` is ``"full"`` or ``"sharded"`` for FSDP2 with checkpoints of this kind. Without a teacher there is no LET.
     """
     if save := options.pop("save", None):
         options = {"save_folder": str(out / save), "save_interval": "3ba", **options}
@@ -138,6 +118,7 @@ def resumable(
         teacher,
         batch_size=8 // dist.get_world_size(),
         optimizer=torch.optim.AdamW,
+        lr=1e-2,
         load_path=None if load is None else str(out / load),
         stop="5ba",
         **{"max_duration": "8ba", **({"fsdp2": {"state_dict_type": fsdp}} if fsdp else {}), **options},
@@ -214,15 +195,12 @@ def main(teacher: str, folder: str, what: str = "cases") -> None:
     rank = dist.get_global_rank()
     tokenizer = load_tokenizer(teacher)
     if what == "cases":
-        other = out / "other"  # for the second rank: one weight differs
+        mine = teacher
         if rank == 1:
-            model = LlamaForCausalLM.from_pretrained(teacher)
-            model.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
-            model.save_pretrained(other)
-            tokenizer.save_pretrained(other)
+            mine = copy_teacher(teacher, out / "other", lambda model: model.model.norm.weight.data[0].add_(1))
         results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
         results["refused"] = {
-            "teachers": _refuse(tokenizer, teacher if rank == 0 else str(other)),
+            "teachers": _refuse(tokenizer, mine),
             "shard_auto": _refuse(tokenizer, teacher, placement="shard", automatic=True),
             "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
         }

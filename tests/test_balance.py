@@ -4,20 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import assert_equal, build_data, build_student, metrics, parameters
-from torch.nn.functional import pad
+from conftest import assert_equal, build_data, build_student, copy_teacher, counted, metrics, parameters
 from transformers import LlamaForCausalLM
 
 from let_composer import LET, RKD, SALT, alignment_loss
-from let_composer.balance import (
-    GradientRatio,
-    RunningMean,
-    histogram,
-    lead_share,
-    measured,
-    sampled_loss,
-    stacking_weight,
-)
+from let_composer.balance import GradientRatio, histogram, lead_share, measured, sampled_loss, stacking_weight
 from let_composer.teacher import Teacher
 
 
@@ -72,14 +63,6 @@ def test_a_lead_counts_in_full_from_half_a_nat():
     assert [lead_share(nats) for nats in (None, 9.0, 0.5, 0.3, 0.0, -1.0)] == pytest.approx([1, 1, 1, 0.6, 0, 0])
 
 
-def test_a_running_mean_leaves_out_what_is_not_finite():
-    mean = RunningMean()
-    assert mean.value is None
-    for found in (math.nan, 0.3, math.inf, 1.3):
-        mean.update(found)
-    assert mean.value == pytest.approx(0.9 * 0.3 + 0.1 * 1.3)
-
-
 @pytest.mark.parametrize("length, step", [(5, 1), (1000, 3)])
 def test_a_loss_on_evenly_spaced_tokens(length, step):
     torch.manual_seed(0)
@@ -104,7 +87,7 @@ def test_the_weight_of_the_second_batch_is_the_ratio_of_the_firsts_gradients_tim
     seen = []
     model.model.transformer.blocks[2].register_forward_hook(lambda module, args, output: seen.append(output[0]))
     lm = model.loss(model(batch), batch)
-    mask = pad(batch["labels"][:, 1:] != -100, (0, 1))
+    mask = counted(batch)
     term = alignment_loss(seen[0], teacher.hidden(batch["input_ids"]), mask)
     norms = [torch.autograd.grad(loss, seen[0], retain_graph=True)[0].norm() for loss in (lm, term)]
     ratio = float(norms[0] / norms[1])
@@ -153,12 +136,9 @@ def test_a_gradient_scaler_changes_no_weight(train, let):
         (LET, "the student predicts as well as the teacher, which has nothing left to give"),
     ],
 )
-def test_a_teacher_with_nothing_to_give_is_released(train, tokenizer, teacher_folder, tmp_path, caplog, method, reason):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
-    model.lm_head.weight.data *= 1000  # sure of itself, and nearly always wrong
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    trainer = train(algorithm := method(str(tmp_path), weight="auto"))
+def test_a_teacher_with_nothing_to_give_is_released(train, teacher_folder, tmp_path, caplog, method, reason):
+    teacher = copy_teacher(teacher_folder, tmp_path, lambda model: model.lm_head.weight.data.mul_(1000))  # always wrong
+    trainer = train(algorithm := method(teacher, weight="auto"))
     name = f"{method.prefix}/active"
     assert metrics(trainer, name) == [1.0, 0.0]
     trainer.fit(duration="2ba")

@@ -1,5 +1,7 @@
 """A guided batch in a real Trainer: separation, accumulation, numbers, and the company that users have."""
 
+import functools
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from conftest import (
     balanced_loss,
     build_data,
     build_student,
+    counted,
     evaluator,
     hf_student,
     metrics,
@@ -28,7 +31,6 @@ from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from let_composer import LET, RKD, alignment_loss
-from let_composer.loss import alignment
 from let_composer.teacher import Teacher
 
 
@@ -106,36 +108,17 @@ class TestAccumulation:
     def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, let, teacher_folder):
         data = build_data(tokenizer, ragged=True)
         batch = next(iter(data.dataloader))
-        guided = train(
-            let(stop="1ba", weight=0.5),
-            data=data,
-            device_train_microbatch_size=2,
-            accumulate_train_batch_on_tokens=False,
-            max_duration="1ba",
-            lr=1.0,
-        )
+        options = {"device_train_microbatch_size": 2, "accumulate_train_batch_on_tokens": False}
+        guided = train(let(stop="1ba", weight=0.5), data=data, **options, max_duration="1ba", lr=1.0)
         model, teacher = build_student(tokenizer), Teacher(teacher_folder)
         for rows in torch.arange(8).split(2):
             part = {key: batch[key][rows] for key in ("input_ids", "labels", "attention_mask")}
-            outputs = model.model(part["input_ids"], attention_mask=part["attention_mask"], output_hidden_states=True)
-            mask = torch.nn.functional.pad(part["labels"][:, 1:] != -100, (0, 1))
-            term = alignment_loss(
-                outputs.hidden_states[3], teacher.hidden(part["input_ids"], part["attention_mask"]), mask
-            )
+            ids, mask = part["input_ids"], part["attention_mask"]
+            outputs = model.model(ids, attention_mask=mask, output_hidden_states=True)
+            term = alignment_loss(outputs.hidden_states[3], teacher.hidden(ids, mask), counted(part))
             (0.25 * (model.loss(outputs, part) + 0.5 * term)).backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= p.grad
-        assert_close(dict(model.named_parameters()), parameters(guided))
-
-    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, let):
-        data = build_data(tokenizer, ragged=True)
-        trainer = train(let(stop="6ba", weight=0.7), data=data, device_train_microbatch_size=3)
-        parts = zip(*(metrics(trainer, f"let/{name}") for name in ("lm_loss", "weight", "loss")), strict=False)
-        expected = [lm + weight * loss for lm, weight, loss in parts]
-        assert metrics(trainer, "loss/train/total") == pytest.approx(expected, rel=1e-5)
-        assert metrics(trainer, "let/cosine") == [-loss for loss in metrics(trainer, "let/loss")]
-        assert all(0 < share < 1 for share in metrics(trainer, "let/teacher_flops_share"))
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        assert_close({name: p.detach() for name, p in model.named_parameters()}, parameters(guided))
 
 
 class TestNumbers:
@@ -167,15 +150,14 @@ class TestNumbers:
         assert caplog.text.count("let/usable is 0.47") == 1
 
     def test_a_student_equal_to_its_teacher(self, train, tokenizer, let, teacher_folder):
-        def run(*algorithms: Any):
-            model = hf_student(tokenizer, teacher_folder)
-            return train(*algorithms, model=model, max_duration="1ba")
-
-        guided = run(let(student_layer=1, teacher_layer=1, stop="1ba"))
-        assert metrics(guided, "let/loss") == [pytest.approx(-1)]
-        plain = parameters(run())
-        for name, value in parameters(guided).items():
-            torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-7)
+        same = let(student_layer=1, teacher_layer=1, stop="1ba")
+        plain, guided = (
+            train(*algorithms, model=hf_student(tokenizer, teacher_folder), max_duration="1ba")
+            for algorithms in ((), (same,))
+        )
+        assert metrics(guided, "let/loss") == [-metrics(guided, "let/cosine")[0]] == [pytest.approx(-1)]
+        for name, value in parameters(plain).items():
+            torch.testing.assert_close(parameters(guided)[name], value, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [LET, RKD])
@@ -215,17 +197,29 @@ class Tried(Callback):
 class TestCompany:
     """Models, losses, algorithms and callbacks that users have."""
 
-    @pytest.mark.parametrize("return_dict", [True, False])  # without, Composer gets the loss as a tuple
-    def test_a_hugging_face_student(self, train, tokenizer, let, teacher_folder, return_dict):
-        model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": return_dict})
-        trainer = train(let(student_layer=1, stop="4ba"), model=model)
-        assert len(metrics(trainer, "let/loss")) == 4
-
-    def test_a_mixture_of_experts_loss(self, train, tokenizer, let):
-        trainer = train(let(stop="4ba"), model=balanced_loss(build_student(tokenizer)))
-        total, lm = metrics(trainer, "loss/train/total")[0], metrics(trainer, "let/lm_loss")[0]
-        assert lm == pytest.approx(metrics(trainer, "loss/train/loss")[0] + metrics(trainer, "loss/train/lbl")[0])
-        assert total == pytest.approx(lm + metrics(trainer, "let/loss")[0])
+    @pytest.mark.parametrize("method", [LET, RKD])
+    @pytest.mark.parametrize("kind", ["plain", "balanced", "tuples"])
+    def test_what_is_logged_is_what_is_trained_on(self, train, tokenizer, teacher_folder, method, kind):
+        """RKD takes its weight from the cross-entropy, LET from nothing; neither touches a balancing loss."""
+        model = build_student(tokenizer)
+        if kind == "balanced":
+            model = balanced_loss(model)
+        elif kind == "tuples":  # an equal of the teacher, from which Composer gets the loss as a tuple
+            model = hf_student(tokenizer, teacher_folder, config_overrides={"return_dict": False})
+        layer = {"student_layer": 1} if method is LET else {}
+        data = build_data(tokenizer, ragged=True)
+        algorithm = method(teacher_folder, weight=0.7, stop="6ba", **layer)
+        trainer = train(algorithm, model=model, data=data, device_train_microbatch_size=3)
+        logged = (metrics(trainer, f"{method.prefix}/{name}") for name in ("lm_loss", "loss", "weight"))
+        balances = metrics(trainer, "loss/train/lbl") if kind == "balanced" else [0] * 6
+        expected = [
+            lm + weight * (term - (float(lm - balance) if method is RKD else 0))
+            for lm, term, weight, balance in zip(*logged, balances, strict=False)
+        ]
+        assert metrics(trainer, "loss/train/total") == pytest.approx(expected, rel=1e-5)
+        assert all(0 < share < 1 for share in metrics(trainer, f"{method.prefix}/teacher_flops_share"))
+        if kind == "tuples" and method is RKD:
+            assert metrics(trainer, "kd/loss")[0] == pytest.approx(0, abs=1e-5)
 
     @pytest.mark.filterwarnings("ignore:KillLossSpike is experimental")
     def test_clipping_ema_loss_spikes_and_evaluation(self, train, tokenizer, let):
@@ -263,14 +257,11 @@ class TestCompany:
             calls: list[int] = []
             tried = Tried()
 
-            def failing(function: Any) -> Any:
-                def call(*args: Any, **kwargs: Any) -> Any:
-                    calls.append(1)
-                    if fails and len(calls) == 4:  # the second microbatch of the second batch
-                        raise torch.OutOfMemoryError("CUDA out of memory")
-                    return function(*args, **kwargs)
-
-                return call
+            def failing(*args: Any, function: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                if fails and len(calls) == 4:  # the second microbatch of the second batch
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return function(*args, **kwargs)
 
             model = build_student(tokenizer)
             blocks = model.model.transformer.blocks
@@ -279,14 +270,13 @@ class TestCompany:
             options = {"device_train_microbatch_size": 4, "max_duration": "4ba", "callbacks": [tried]}
             trainer = train(algorithm, model=model, **options, fit=False)
             trainer.state.auto_microbatching = True  # Composer offers it on CUDA only
-            if place == "student":
-                blocks[3].forward = failing(blocks[3].forward)  # behind what is captured
-            elif place == "teacher":
-                algorithm._teacher.hidden = failing(algorithm._teacher.hidden)
-            elif place == "term":
-                monkeypatch.setattr("let_composer.let.alignment", failing(alignment))
-            else:
-                model.loss = failing(model.loss)  # when the term is there already
+            owner, name = {
+                "student": (blocks[3], "forward"),  # behind what is captured
+                "teacher": (algorithm._teacher, "hidden"),
+                "term": (sys.modules[LET.__module__], "alignment"),
+                "loss": (model, "loss"),  # when the term is there already
+            }[place]
+            monkeypatch.setattr(owner, name, functools.partial(failing, function=getattr(owner, name)))
             trainer.fit()
             assert tried.left == [0] * (5 if fails else 4)
             return trainer, algorithm

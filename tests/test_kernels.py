@@ -5,7 +5,7 @@ once, while it is imported, and a process that has it cannot compile any more; s
 file again in a process of its own with ``TRITON_INTERPRET=1``, and no environment variable leaks into other tests.
 """
 
-import importlib.util
+import functools
 import itertools
 import json
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import loss as benchmark  # scripts/benchmarks/loss.py
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,6 +50,16 @@ def states(tokens, width: int, dtype: torch.dtype, device: str, seed: int = 0) -
     return torch.randn(*tokens, width, generator=generator).to(dtype).to(device)
 
 
+def pair(device: str, widths, *dtypes: torch.dtype, tokens=(3,), seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher, both of one type or each of its own."""
+    first, last = dtypes[0], dtypes[-1]
+    return states(tokens, widths[0], first, device, seed), states(tokens, widths[1], last, device, seed + 1)
+
+
+def alternating(device: str) -> Tensor:
+    return torch.tensor([True, False, True], device=device)
+
+
 def run(implementation, student, teacher, mask=None, upstream=1.0, **options):
     """Loss, usable tokens, inverse norms and gradient."""
     student = student.detach().requires_grad_()
@@ -59,7 +70,6 @@ def run(implementation, student, teacher, mask=None, upstream=1.0, **options):
 
 def check(student, teacher, mask=None, upstream=-1.7, **options):
     """Ours must not be worse than eager in the same dtype, both measured against the reference in fp64."""
-    resize = options.get("resize", "student")
     truth, usable, norms, truth_grad = run("torch", student.double(), teacher.double(), mask, upstream, **options)
     eager, _, _, eager_grad = run("torch", student, teacher, mask, upstream, **options)
     found, counted, inverse, grad = run("triton", student, teacher, mask, upstream, **options)
@@ -73,7 +83,7 @@ def check(student, teacher, mask=None, upstream=-1.7, **options):
     factor = 2.1 if INTERPRETED and student.dtype == torch.bfloat16 else 1.0
     error, allowed = (grad - truth_grad).norm(), (eager_grad - truth_grad).norm()
     # Where student and teacher agree, the gradient is a difference that cancels: rounding is relative to its terms.
-    width = student.shape[-1] if resize == "teacher" else teacher.shape[-1]
+    width = (student if options.get("resize") == "teacher" else teacher).shape[-1]
     mask = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
     lengths = reference.resize_features(student.double(), width).norm(dim=-1)
     terms = (upstream / mask.sum() / lengths[mask & (lengths >= reference.EPSILON)]).norm()
@@ -97,9 +107,8 @@ both_sides = pytest.mark.parametrize("resize", ["student", "teacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("widths", [(1536, 576), (768, 128), (512, 512), (384, 1024), (57, 33), (33, 57), (300, 40)])
 def test_values(device, widths, dtype, resize):
-    student, teacher = (states((3,), width, dtype, device, width + i) for i, width in enumerate(widths))
-    mask = torch.tensor([True, False, True], device=device)
-    _, grad = check(student, teacher, mask, resize=resize)
+    mask = alternating(device)
+    _, grad = check(*pair(device, widths, dtype), mask, resize=resize)
     assert (grad[~mask] == 0).all()
 
 
@@ -110,39 +119,28 @@ def test_values(device, widths, dtype, resize):
     [((256, 256), "mean std"), ((256, 96), "mean std"), ((96, 256), "mean"), ((1, 8), "std"), ((8, 1), "mean std")],
 )
 def test_centring_and_standardising(device, widths, names, resize):
-    student, teacher = (states((3,), width, torch.float32, device, width) for width in widths)
     mean = states((), widths[1], torch.float32, device, 3)
-    statistics = {"teacher_mean": mean.bfloat16(), "teacher_std": mean.abs() + 0.5}
-    mask = torch.tensor([True, False, True], device=device)
-    check(
-        student,
-        teacher,
-        mask,
-        resize=resize,
-        **{f"teacher_{name}": statistics[f"teacher_{name}"] for name in names.split()},
-    )
+    statistics = {"mean": mean.bfloat16(), "std": mean.abs() + 0.5}
+    given = {f"teacher_{name}": statistics[name] for name in names.split()}
+    check(*pair(device, widths, torch.float32), alternating(device), resize=resize, **given)
 
 
 @on_device
 @both_sides
 @pytest.mark.parametrize(
-    "dtypes",
-    [(torch.float16, torch.float16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
-    ids=str,
+    "dtypes", [(torch.float16,), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
 )
 def test_mixed_types(device, dtypes, resize):
-    student, teacher = (states((3,), width, dtype, device) for width, dtype in zip((128, 48), dtypes, strict=True))
-    check(student, teacher, resize=resize)
+    check(*pair(device, (128, 48), *dtypes), resize=resize)
 
 
 @on_device
 @pytest.mark.parametrize(("shape", "share"), [((2, 4), 0.0), ((2, 4), 0.2), ((2, 4), 1.0), ((0,), 1.0), ((2, 0), 1.0)])
 def test_masks(device, shape, share):
-    student, teacher = (states(shape, width, torch.float32, device, width) for width in (64, 24))
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
-    found, grad = check(student, teacher, mask.to(device))
+    found, grad = check(*pair(device, (64, 24), torch.float32, tokens=shape), mask.to(device))
     if not mask.any():
-        assert found == 0 and (grad == 0).all() and grad.shape == student.shape
+        assert found == 0 and (grad == 0).all()
 
 
 @on_device
@@ -150,7 +148,7 @@ def test_masks(device, shape, share):
 @pytest.mark.parametrize("widths", [(64, 64), (64, 24), (24, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_without_a_direction(device, dtype, widths, resize):
-    student, teacher = (states((8,), width, dtype, device, width) for width in widths)
+    student, teacher = pair(device, widths, dtype, tokens=(8,))
     student[0] = 0
     teacher[1] = 0
     teacher[2, 5] = torch.nan
@@ -162,19 +160,16 @@ def test_rows_without_a_direction(device, dtype, widths, resize):
         _, grad = check(student, teacher, resize=resize)
         assert (grad[:7] == 0).all() and (grad[7] != 0).any()
     expected, actual = (run(how, student, teacher, resize=resize) for how in ("torch", "triton"))
-    torch.testing.assert_close(
-        actual, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5, check_dtype=False
-    )
+    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-5, check_dtype=False)
 
 
 @on_device
 @pytest.mark.parametrize("scales", [(1e37, 1e37), (1e30, 1e-4), (1e-4, 1e30), (1e-5, 1e-5), (1e18, 1.0)])
 def test_huge_and_tiny_norms(device, scales):
     for dtype in (torch.bfloat16, torch.float32, torch.float16)[: 3 if max(scales) < 1 else 2]:
-        student, teacher = (
-            states((5,), width, torch.float32, device, width).mul(scale).to(dtype)
-            for width, scale in zip((64, 24), scales, strict=True)
-        )
+        ordinary = pair(device, (64, 24), torch.float32, tokens=(5,))
+        student, teacher = (x.mul(scale).to(dtype) for x, scale in zip(ordinary, scales, strict=True))
         student[1:3] = states((2,), 64, dtype, device, 3)  # neighbours of ordinary size
         teacher[2:4] = states((2,), 24, dtype, device, 4)
         check(student, teacher)
@@ -230,8 +225,7 @@ def test_strides(device, resize):
 @both_sides
 @pytest.mark.parametrize("teacher_width", [64, 24, 100])
 def test_every_output_is_written_and_reruns_agree_bitwise(device, teacher_width, resize):
-    student = states((5,), 64, torch.bfloat16, device)
-    teacher = states((5,), teacher_width, torch.bfloat16, device, 1)
+    student, teacher = pair(device, (64, teacher_width), torch.bfloat16, tokens=(5,))
     mask = torch.tensor([True, False, True, True, False], device=device)
 
     def outputs():
@@ -251,8 +245,8 @@ def test_every_output_is_written_and_reruns_agree_bitwise(device, teacher_width,
 
 @on_device
 def test_at_most_12_bytes_per_token_are_saved(device):
-    student = states((50,), 64, torch.bfloat16, device).requires_grad_()
-    teacher = states((50,), 24, torch.bfloat16, device)
+    student, teacher = pair(device, (64, 24), torch.bfloat16, tokens=(50,))
+    student.requires_grad_()
     mask = torch.ones(50, dtype=torch.bool, device=device)
     mine = {student.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()}
     saved = []
@@ -264,7 +258,7 @@ def test_at_most_12_bytes_per_token_are_saved(device):
 
 @on_device
 def test_registered_like_any_op(device):
-    student, teacher = states((2, 2), 24, torch.float32, device), states((2, 2), 16, torch.float32, device, 1)
+    student, teacher = pair(device, (24, 16), torch.float32, tokens=(2, 2))
     mask = torch.ones(2, 2, dtype=torch.bool, device=device)
     mean = teacher[0, 0].clone()
     ops: Any = torch.ops.let_composer
@@ -287,7 +281,7 @@ def guided(student, teacher):
 @on_device
 @pytest.mark.parametrize("how", ["compiled", "recomputed", "recomputed reentrantly"])
 def test_in_one_graph_and_recomputed(device, how):
-    student, teacher = states((2, 5), 24, torch.float32, device), states((2, 5), 16, torch.float32, device, 1)
+    student, teacher = pair(device, (24, 16), torch.float32, tokens=(2, 5))
     student.requires_grad_()
     expected = guided(student, teacher)
     (gradient,) = torch.autograd.grad(expected, student)
@@ -311,15 +305,14 @@ def test_in_one_graph_and_recomputed(device, how):
     seed=st.integers(0, 1000),
 )
 def test_any_shape(device, tokens, widths, resize, seed):
-    student, teacher = (states((tokens,), width, torch.float32, device, seed + width) for width in widths)
     mask = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.8
-    check(student, teacher, mask.to(device), resize=resize)
+    check(*pair(device, widths, torch.float32, tokens=(tokens,), seed=seed), mask.to(device), resize=resize)
 
 
 @on_device
 def test_widest_rows(device):
-    student = states((1,), kernels.MAX_WIDTH, torch.bfloat16, device)
-    check(student, states((1,), 5000, torch.bfloat16, device, 1), resize="teacher")
+    student, teacher = pair(device, (kernels.MAX_WIDTH, 5000), torch.bfloat16, tokens=(1,))
+    check(student, teacher, resize="teacher")
     wider = torch.ones(1, kernels.MAX_WIDTH + 1, device=device)
     with pytest.raises(ValueError, match=f"widths up to {kernels.MAX_WIDTH}"):
         alignment_loss(wider, student, implementation="triton")
@@ -327,7 +320,7 @@ def test_widest_rows(device):
 
 @on_device
 def test_the_door_chooses_the_kernels(device, monkeypatch):
-    student, teacher = states((4,), 32, torch.bfloat16, device), states((4,), 32, torch.bfloat16, device, 1)
+    student, teacher = pair(device, (32, 32), torch.bfloat16)
     called = []
     original = kernels.alignment
     monkeypatch.setattr(kernels, "alignment", lambda *args: called.append(1) or original(*args))
@@ -345,8 +338,8 @@ def test_the_door_chooses_the_kernels(device, monkeypatch):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("teacher_width", [2048, 768])
 def test_memory(device, teacher_width):
-    student = states((4096,), 2048, torch.bfloat16, device).requires_grad_()
-    teacher = states((4096,), teacher_width, torch.bfloat16, device)
+    student, teacher = pair(device, (2048, teacher_width), torch.bfloat16, tokens=(4096,))
+    student.requires_grad_()
     alignment_loss(student, teacher).backward()
     student.grad = None
     torch.cuda.reset_peak_memory_stats()
@@ -356,41 +349,30 @@ def test_memory(device, teacher_width):
     assert extra <= student.numel() * student.element_size() + 4096 * 24 + 2**16  # the gradient, and little beside it
 
 
-def benchmark_loss():
-    folder = ROOT / "scripts" / "benchmarks"
-    sys.path.append(str(folder))
-    spec = importlib.util.spec_from_file_location("benchmark_loss", folder / "loss.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @on_device
 def test_benchmark(device, tmp_path, monkeypatch):
-    module = benchmark_loss()
     options = f"--device {device} --implementation triton --pairs 64/24 64/64 --repeats 2 --out {tmp_path}".split()
     options += ["--methods", "ours", "eager"]
-    module.main([*options, "--normalize", "--resize", "teacher", "--tokens", "2"])
+    benchmark.main([*options, "--normalize", "--resize", "teacher", "--tokens", "2"])
     options += ["--tokens", "2", "3"]
-    module.main(options)  # of another kind: nothing is taken over
+    benchmark.main(options)  # of another kind: nothing is taken over
     report = json.loads((tmp_path / "loss.json").read_text())
     cells = itertools.product((2, 3), ("64/24", "64/64"), ("ours", "eager"), ("forward", "backward", "target_sum"))
     assert [(row["tokens"], row["pair"], row["method"], row["pass"]) for row in report["results"]] == list(cells)
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in report["results"]) and report["copy_gb_per_s"] > 0
     assert {"device", "torch", "triton", "sources", "date"} <= report["machine"].keys()
     assert (tmp_path / "loss.png").stat().st_size > 10_000
-    monkeypatch.setattr(module, "measure", None)  # all is there: a second call measures nothing
-    module.main(options)
+    monkeypatch.setattr(benchmark, "measure", None)  # all is there: a second call measures nothing
+    benchmark.main(options)
 
     def wrong(*arguments, implementation, **options):
         found = loss.alignment(*arguments, implementation="torch", **options)
         return found._replace(loss=found.loss * 1.01)
 
-    monkeypatch.setattr(module, "alignment", wrong)
+    monkeypatch.setattr(benchmark, "alignment", wrong)
     (tmp_path / "loss.json").unlink()
     with pytest.raises(SystemExit, match="nothing was timed"):
-        module.main(options)
+        benchmark.main(options)
     assert not (tmp_path / "loss.json").exists()
 
 
@@ -429,8 +411,7 @@ LIMITS = {"forward": (96, 128, 4), "mean": (60, 60, 8), "backward": (80, 112, 4)
     ],
 )
 def test_compiled_kernels(pair, architectures, options):
-    module = benchmark_loss()
-    rows = module.compile_report([pair], architectures, **options)
+    rows = benchmark.compile_report([pair], architectures, **options)
     student, teacher = map(int, pair.split("/"))
     assert {row["kernel"] for row in rows} == LIMITS.keys()
     assert {row["sm"] for row in rows} == set(architectures)
@@ -450,7 +431,7 @@ def test_compiled_kernels(pair, architectures, options):
             assert row["loads"].get(128, 0) > 0 or student < teacher, row
         if row["resize"] == "-" and row["kernel"] in ("forward", "backward"):
             assert 128 in row["loads"] and 16 not in row["loads"], row
-    lines = module.report_table(module.worst(rows)).splitlines()
+    lines = benchmark.report_table(benchmark.worst(rows)).splitlines()
     assert len(lines) == 2 + len({(row["kernel"], row["resize"], row["sm"]) for row in rows})
 
 
@@ -465,15 +446,12 @@ def test_cpu_tensors_are_refused_without_the_interpreter():
 def test_broken_triton_warns_once_and_falls_back(monkeypatch):
     monkeypatch.setitem(sys.modules, "let_composer.loss.kernels", None)  # as if importing it failed
     monkeypatch.delattr(loss, "kernels", raising=False)
-    loss._try_triton.cache_clear()
+    monkeypatch.setattr(loss, "_try_triton", functools.cache(loss._try_triton.__wrapped__))
     on_cuda: Any = SimpleNamespace(is_cuda=True)
-    try:
-        with pytest.warns(UserWarning, match="runs in plain torch") as record:
-            assert loss._implementation("auto", on_cuda) is reference
-            assert loss._implementation("auto", on_cuda, None) is reference
-        assert len(record) == 1
-        with pytest.raises(RuntimeError, match="Triton does not work here"):
-            loss._implementation("triton", on_cuda)
-        assert loss._implementation("torch", on_cuda) is reference
-    finally:
-        loss._try_triton.cache_clear()
+    with pytest.warns(UserWarning, match="runs in plain torch") as record:
+        assert loss._implementation("auto", on_cuda) is reference
+        assert loss._implementation("auto", on_cuda, None) is reference
+    assert len(record) == 1
+    with pytest.raises(RuntimeError, match="Triton does not work here"):
+        loss._implementation("triton", on_cuda)
+    assert loss._implementation("torch", on_cuda) is reference

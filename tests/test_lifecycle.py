@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Callback, DataSpec, Trainer
+from composer import Callback, Trainer
 from composer.core import Event, Time
-from composer.loggers import InMemoryLogger
-from conftest import LENGTH, assert_equal, build_data, build_student, evaluator, metrics, parameters
-from transformers import LlamaForCausalLM
+from conftest import LENGTH, assert_equal, build_data, build_student, copy_teacher, evaluator, metrics, parameters
 
 from let_composer import LET, SALT
 from let_composer.lifecycle import Phase
@@ -81,16 +79,13 @@ class TestResume:
             theirs = getattr(same.options, key)
             assert f"made with let.{key}: {theirs!r}, this run goes on with {value!r}." in caplog.text
 
-    def test_statistics_belong_to_weights_not_to_a_name(self, train, let, saved, tokenizer, teacher_folder, tmp_path):
+    def test_statistics_belong_to_weights_not_to_a_name(self, train, let, saved, teacher_folder, tmp_path):
         def mean(folder: Any, **load: Any) -> Any:
             train(algorithm := let(teacher=str(folder), stop="4ba", normalize_teacher="center"), **load, fit=False)
             return algorithm.saved()["statistics"]["moments"]
 
-        model = LlamaForCausalLM.from_pretrained(teacher_folder)
-        for name in ("copy", "other"):
-            model.save_pretrained(tmp_path / name)
-            tokenizer.save_pretrained(tmp_path / name)
-            model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+        copy_teacher(teacher_folder, tmp_path / "copy")
+        copy_teacher(teacher_folder, tmp_path / "other", lambda model: model.model.norm.weight.data[0].add_(1))
         load = saved(let(stop="4ba", normalize_teacher="center"), max_duration="4ba")
         assert mean(tmp_path / "copy", **load) is not None
         assert mean(tmp_path / "other", **load) is None
@@ -141,9 +136,10 @@ class TestRetirement:
         trainer.fit(duration="2ba")
         assert metrics(trainer, "let/weight") == [1, 0.75, 0.5, 0.25, 0]
 
-    def test_max_duration_given_to_fit(self, train, let, caplog):
-        trainer = train(let(stop="0.5dur"), max_duration=None, fit=False)
-        trainer.fit(duration="4ba")
+    @pytest.mark.parametrize("given", [{}, {"train_dataloader": None}])
+    def test_max_duration_and_data_given_to_fit(self, train, tokenizer, let, given, caplog):
+        trainer = train(let(stop="0.5dur"), max_duration=None, **given, fit=False)
+        trainer.fit(train_dataloader=build_data(tokenizer), duration="4ba")
         assert metrics(trainer, "let/active") == [1, 1, 0]
         assert "LET guides until 2ba" in caplog.text
 
@@ -192,25 +188,9 @@ class Interrupt(Callback):
 class TestLettingGo:
     """A Trainer that is not trained, closed or interrupted; a model that is copied meanwhile."""
 
-    @pytest.mark.filterwarnings("ignore:No optimizer was specified")
-    def test_a_trainer_that_only_evaluates_needs_no_teacher(self, tokenizer):
-        trainer = Trainer(
-            model=build_student(tokenizer),
-            algorithms=LET("./nowhere", weight=0.1),
-            eval_dataloader=evaluator(tokenizer),
-            device="cpu",
-            precision="fp32",
-            progress_bar=False,
-        )
-        trainer.eval()
-
-    def test_data_that_is_given_to_fit(self, tokenizer, let):
-        model = build_student(tokenizer)
-        options = {"device": "cpu", "precision": "fp32", "progress_bar": False, "loggers": [InMemoryLogger()]}
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(model=model, algorithms=let(stop="2ba"), optimizers=optimizer, **options)
-        trainer.fit(train_dataloader=build_data(tokenizer), duration="3ba")
-        assert metrics(trainer, "let/active") == [1, 1, 0]
+    def test_a_trainer_that_only_evaluates_needs_no_teacher(self, train, tokenizer, let):
+        options = {"train_dataloader": None, "eval_dataloader": evaluator(tokenizer)}
+        train(let(teacher="./nowhere"), **options, fit=False).eval()
 
     def test_interrupted_copied_and_closed(self, train, let):
         trainer = train(algorithm := let(stop="6ba"), callbacks=[Interrupt()], fit=False)
@@ -243,7 +223,6 @@ class TestBadRuns:
         [
             ({"teacher": "./nowhere"}, "there is no teacher at './nowhere'"),
             ({"student_layer": 31}, "has 4 blocks. Got 31"),
-            ({"teacher_layer": 9}, "has 2 blocks. Got 9"),
             ({"placement": "shard"}, "needs at least two ranks"),
             ({"implementation": "triton"}, "implementation"),
         ],
@@ -252,9 +231,8 @@ class TestBadRuns:
         with pytest.raises(ValueError, match=message):
             train(let(**options), fit=False)
 
-    def test_another_vocabulary(self, train, let, tokenizer, teacher_folder, tmp_path):
-        LlamaForCausalLM.from_pretrained(teacher_folder).save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
+    def test_another_vocabulary(self, train, let, teacher_folder, tmp_path):
+        copy_teacher(teacher_folder, tmp_path)
         content = json.loads((tmp_path / "tokenizer.json").read_text())
         vocabulary = content["model"]["vocab"]
         vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
@@ -262,14 +240,10 @@ class TestBadRuns:
         with pytest.raises(ValueError, match="2 of 64 token ids differ .3 is 'w3' here and 'w4' there"):
             train(let(teacher=str(tmp_path)), fit=False)
 
-    def test_an_epoch_without_a_length(self, train, let, tokenizer):
-        class Endless(torch.utils.data.IterableDataset):
+    def test_an_epoch_without_a_length(self, train, let):
+        class Stream(torch.utils.data.IterableDataset):
             def __iter__(self):
-                while True:
-                    yield {"input_ids": [1] * LENGTH}
+                yield from ()
 
-        finite: Any = build_data(tokenizer)
-        loader = torch.utils.data.DataLoader(Endless(), batch_size=8, collate_fn=finite.dataloader.collate_fn)
-        data = DataSpec(loader, get_num_tokens_in_batch=finite.get_num_tokens_in_batch)
         with pytest.raises(ValueError, match="stop is 1ep, but the training data loader has no length"):
-            train(let(stop="1ep"), data=data, fit=False)
+            train(let(stop="1ep"), train_dataloader=torch.utils.data.DataLoader(Stream()), fit=False)

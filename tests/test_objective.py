@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from let_composer.objective import language_model_loss, logits_of, plus, total
+from let_composer.objective import logits_of, plus, total
 
 
 class Named(NamedTuple):
@@ -32,12 +32,6 @@ def test_the_loss_keeps_its_type(loss):
     assert float(total(result)) == pytest.approx(2.5)
     if isinstance(loss, dict):
         assert {**loss, "total": result["total"]} == result
-
-
-def test_a_balancing_loss_is_not_about_tokens():
-    loss = {"total": torch.tensor(2.0), "loss": torch.tensor(1.9), "lbl": torch.tensor(0.1)}
-    assert float(language_model_loss(loss)) == pytest.approx(1.9)
-    assert float(language_model_loss(torch.tensor([2.0]))) == 2.0
 
 
 def test_logits_are_found_in_tuples_and_refused_where_there_are_none():

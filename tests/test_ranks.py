@@ -1,5 +1,4 @@
-"""Two gloo ranks: the same collectives in the same order, together the gradient of one rank on the whole batch, and
-checkpoints that go on elsewhere."""
+"""Two gloo ranks: the same collectives, together the gradient of one rank, and checkpoints that go on elsewhere."""
 
 import json
 import os
@@ -11,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import build_data, load_tokenizer, metrics, parameters
+from conftest import allow_fsdp_without_cuda, build_data, load_tokenizer, metrics, parameters
 from ranks import CASES, RESUMED, resumable
 
 from let_composer import LET
@@ -24,37 +24,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "tests/ranks.py", *arguments]
-    return subprocess.run(
-        command,
-        cwd=Path(__file__).parents[1],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TRITON_INTERPRET": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    ones = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_INTERPRET"), "1")
+    environment = {**os.environ, **ones, "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @contextmanager
 def one_rank() -> Iterator[None]:
     """FSDP2 needs a process group, even of one; and it warns that it is experimental."""
-    current_device, environment = torch.cuda.current_device, dict(os.environ)
-    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), patch.dict(os.environ), patch("torch.cuda.current_device"):
+        warnings.simplefilter("ignore")
+        allow_fsdp_without_cuda()
+        try:
             yield
-    finally:
-        torch.cuda.current_device = current_device
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -152,19 +138,16 @@ class TestResume:
         assert over.keys() == {"loss/train/total"}
         self.assert_goes_on(over, uninterrupted, 6)
 
-    def test_let_added_to_a_run_without(self, results, checkpoints, loaded, teacher_folder):
+    @pytest.mark.parametrize(("name", "load", "guided"), [("added", "one_plain", 2), ("removed", "one", 0)])
+    def test_let_added_or_removed(self, results, checkpoints, loaded, teacher_folder, name, load, guided):
+        """As on one rank that does the same."""
         with one_rank():
-            monolithic = resumable(loaded, teacher_folder, checkpoints, load="one_plain/ep0-ba3-rank0.pt")
-        assert len(monolithic["let/loss"]) == 2
-        for name, values in results[0]["resumed"]["added"].items():
-            assert values == pytest.approx(monolithic[name], rel=1e-4), name
-
-    def test_let_removed(self, results, checkpoints, loaded):
-        with one_rank():
-            monolithic = resumable(loaded, None, checkpoints, load="one/ep0-ba3-rank0.pt")
-        assert monolithic.keys() == {"loss/train/total"}
-        removed = results[0]["resumed"]["removed"]
-        assert removed["loss/train/total"] == pytest.approx(monolithic["loss/train/total"], rel=1e-4)
+            teacher = teacher_folder if name == "added" else None
+            single = resumable(loaded, teacher, checkpoints, load=f"{load}/ep0-ba3-rank0.pt")
+        found = results[0]["resumed"][name]
+        assert found.keys() == single.keys() and len(found.get("let/loss", [])) == guided
+        for curve, values in found.items():
+            assert values == pytest.approx(single[curve], rel=1e-4), curve
 
     def test_a_run_that_is_killed_goes_on_by_itself(self, checkpoints, teacher_folder, uninterrupted):
         """Rank 1 was killed in the fifth batch at the end of the first launch."""

@@ -2,9 +2,11 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import LENGTH, VOCABULARY, build_student
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -12,44 +14,23 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from let_composer.student import Capture, find_blocks, matmul_parameters, resolve_layer
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 SMALL = {
-    "llama": LlamaConfig(
-        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
-    ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
-    ),
-    "gpt2": GPT2Config(vocab_size=99, n_embd=16, n_layer=4, n_head=2),
-    "qwen2": Qwen2Config(
-        vocab_size=99,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    ),
-    "opt": OPTConfig(
-        vocab_size=99,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-    ),
+    "llama": transformers.LlamaConfig(**SIZES),
+    "gpt_neox": transformers.GPTNeoXConfig(**SIZES),
+    "gpt2": transformers.GPT2Config(vocab_size=99, n_embd=16, n_layer=4, n_head=2),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "opt": transformers.OPTConfig(**SIZES, word_embed_proj_dim=16, ffn_dim=32),
 }
 
 
@@ -57,8 +38,8 @@ SMALL = {
 @pytest.mark.parametrize("layer", [1, 3, -2])
 def test_the_captured_output_is_the_hidden_state_of_that_number(family, layer):
     torch.manual_seed(0)
-    config: PretrainedConfig = copy.deepcopy(SMALL[family])
-    model = AutoModelForCausalLM.from_config(config).eval()
+    config: transformers.PretrainedConfig = copy.deepcopy(SMALL[family])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     capture = Capture(resolve_layer(model, layer)[1])
     capture.arm()
     ids = torch.randint(0, 99, (2, 8))
@@ -72,28 +53,23 @@ def test_mpt_blocks_are_found_below_the_composer_model(student):
     assert resolve_layer(student, -1)[1] is student.model.transformer.blocks[-1]
 
 
-def test_mixture_of_experts_lists_inside_blocks_do_not_count(student):
+def test_experts_in_blocks_and_lists_of_another_length_are_no_blocks(student):
+    experts, heads = (nn.ModuleList([nn.Linear(2, 2) for _ in range(count)]) for count in (4, 3))
     for block in student.model.transformer.blocks:
-        block.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])
-    assert find_blocks(student)[0] == "model.transformer.blocks"
-
-
-def test_of_two_lists_the_one_as_long_as_the_configuration_says(student):
-    student.heads = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+        block.experts = experts
+    student.heads = heads
     assert find_blocks(student)[0] == "model.transformer.blocks"
 
 
 def test_an_encoder_decoder_is_ambiguous_and_a_dotted_path_is_the_way_out():
-    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=1, d_kv=8))
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=1, d_kv=8)
+    )
     with pytest.raises(ValueError, match="found 2: encoder.block.*decoder.block.*dotted path"):
         find_blocks(model)
-    path, module = resolve_layer(model, "decoder.block.1")
-    assert (path, module) == ("decoder.block.1", model.decoder.block[1])
-
-
-def test_no_blocks_at_all():
     with pytest.raises(ValueError, match="found 0: none"):
-        find_blocks(nn.Linear(2, 2))
+        find_blocks(model.lm_head)
+    assert resolve_layer(model, "decoder.block.1") == ("decoder.block.1", model.decoder.block[1])
 
 
 @pytest.mark.parametrize("layer", [0, 5, -5, 31])
@@ -172,7 +148,7 @@ def test_a_guided_model_can_be_saved_and_copied_and_the_copy_is_not_hooked(stude
 
 @pytest.mark.parametrize("family", SMALL)
 def test_matmul_parameters(family):
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(SMALL[family]))
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(SMALL[family]))
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) or "Conv1D" in str(type(m)))
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert matmul_parameters(model) == matrices + vectors

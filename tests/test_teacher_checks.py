@@ -1,64 +1,53 @@
 """Teachers of many families, each through a real folder: what is refused by name, and what the others must keep."""
 
 import copy
+import functools
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, Reads
+import transformers
+from conftest import VOCABULARY, Reads, copy_teacher
 from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
-from test_student import SMALL
+from test_student import SIZES, SMALL
 from test_teacher import write_gguf
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma3TextConfig,
-    GPTJConfig,
-    GraniteConfig,
-    JambaConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MixtralConfig,
-    Phi3Config,
-    Zamba2Config,
-)
 
 from let_composer.pretrained import wanted
 from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, build_body
 from let_composer.vocabulary import read_vocabulary
 
-SIZES: dict[str, Any] = {
+MPT: dict[str, Any] = {  # of llm-foundry, as a student is exported
     "vocab_size": 99,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "max_seq_len": 16,
+    "attn_config": {"attn_impl": "torch"},
 }
 FAMILIES = {
     **SMALL,
-    "mpt": MPTConfig(  # of llm-foundry, as a student is exported
-        vocab_size=99, d_model=16, n_heads=2, n_layers=2, max_seq_len=16, attn_config={"attn_impl": "torch"}
+    "mpt": MPTConfig(**MPT),
+    "dynamic": transformers.LlamaConfig(
+        **SIZES, max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}
     ),
-    "dynamic": LlamaConfig(**SIZES, max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-    "longrope": Phi3Config(
+    "longrope": transformers.Phi3Config(
         **SIZES,
         pad_token_id=0,
         original_max_position_embeddings=16,
         rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
     ),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8),
-    "gptj": GPTJConfig(vocab_size=99, n_embd=16, n_layer=2, n_head=2, rotary_dim=4),  # its head has a bias
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=8),
+    "gptj": transformers.GPTJConfig(vocab_size=99, n_embd=16, n_layer=2, n_head=2, rotary_dim=4),  # its head has a bias
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
 }
 WAITING = {"opt", "mixtral", "dynamic", "longrope"}  # families for which the host waits, as the docstring says
 MIXED = {
-    "jamba": JambaConfig(
-        **{**SIZES, "num_hidden_layers": 4},
+    "jamba": transformers.JambaConfig(
+        **SIZES,
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -66,8 +55,8 @@ MIXED = {
         use_mamba_kernels=False,
         mamba_dt_rank=4,
     ),
-    "zamba2": Zamba2Config(
-        **{**SIZES, "num_hidden_layers": 4},
+    "zamba2": transformers.Zamba2Config(
+        **SIZES,
         mamba_d_state=8,
         mamba_headdim=8,
         n_mamba_heads=4,
@@ -83,8 +72,8 @@ MIXED = {
 def save(config: Any, folder: Any) -> Any:
     torch.manual_seed(0)
     config = copy.deepcopy(config)
-    model = MPTForCausalLM(config) if isinstance(config, MPTConfig) else AutoModelForCausalLM.from_config(config)
-    model.eval()
+    build = MPTForCausalLM if isinstance(config, MPTConfig) else transformers.AutoModelForCausalLM.from_config
+    model: Any = build(config).eval()
     for name, p in model.named_parameters():  # biases begin as zeros
         if name.endswith("bias"):
             nn.init.normal_(p)
@@ -161,14 +150,12 @@ def test_a_hybrid_has_layers_but_does_not_separate_documents(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "ratio"),
     [
-        (GraniteConfig(**SIZES, logits_scaling=8.0), 0.125),
-        (CohereConfig(**SIZES, pad_token_id=0, logit_scale=0.0625), 0.0625),
-        (MPTConfig(vocab_size=99, d_model=16, n_heads=2, n_layers=2, max_seq_len=16, logit_scale=3.0), 3),
+        (transformers.GraniteConfig(**SIZES, logits_scaling=8.0), 0.125),
+        (transformers.CohereConfig(**SIZES, pad_token_id=0, logit_scale=0.0625), 0.0625),
+        (MPTConfig(**MPT, logit_scale=3.0), 3),
     ],
 )
 def test_logits_that_the_model_rescales_are_refused(config, ratio, tmp_path):
-    if isinstance(config, MPTConfig):
-        config.attn_config["attn_impl"] = "torch"
     save(config, tmp_path)
     Teacher(str(tmp_path))
     with pytest.raises(ValueError, match=f"more to its logits than its LM head: they are about {ratio} times"):
@@ -176,7 +163,7 @@ def test_logits_that_the_model_rescales_are_refused(config, ratio, tmp_path):
 
 
 def test_a_model_without_its_head_is_refused_where_that_is_needed(train, let, teacher_folder, tokenizer, tmp_path):
-    LlamaModel.from_pretrained(teacher_folder).save_pretrained(tmp_path)
+    transformers.LlamaModel.from_pretrained(teacher_folder).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     train(let(teacher=str(tmp_path), weight=0.1), fit=False)
     with pytest.raises(ValueError, match="has no LM head.*weight: auto reads.*Give LET a number as weight"):
@@ -186,35 +173,32 @@ def test_a_model_without_its_head_is_refused_where_that_is_needed(train, let, te
 @pytest.mark.parametrize(("place", "message"), [("layers.1.mlp", "in 1 of 20 parameters"), ("embed", "embed_tokens")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(teacher_folder, tmp_path, place, message, value):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
-    next(p for name, p in model.named_parameters() if place in name).data[-1, -1] = value
-    model.save_pretrained(tmp_path)
+    def spoil(model: Any) -> None:
+        next(p for name, p in model.named_parameters() if place in name).data[-1, -1] = value
+
     with pytest.raises(ValueError, match=f"NaN or infinite.*{message}"):
-        Teacher(str(tmp_path))
+        Teacher(copy_teacher(teacher_folder, tmp_path, spoil))
 
 
 def test_states_that_overflow_are_refused(teacher_folder, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
-    for block in model.model.layers:
-        block.mlp.up_proj.weight.data.fill_(3e38)
-    model.save_pretrained(tmp_path)
+    def spoil(model: Any) -> None:
+        for block in model.model.layers:
+            block.mlp.up_proj.weight.data.fill_(3e38)
+
     with pytest.raises(ValueError, match="hidden states that are NaN or infinite"):
-        Teacher(str(tmp_path))
+        Teacher(copy_teacher(teacher_folder, tmp_path, spoil))
 
 
 @pytest.fixture
 def copied(teacher_folder, tmp_path) -> Any:
-    import shutil
-
     return shutil.copytree(teacher_folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("look", [build_body, Teacher])
-def test_an_adapter_is_not_taken_for_its_base(copied, look, head):
+@pytest.mark.parametrize("look", [build_body, Teacher, functools.partial(Teacher, head=True)])
+def test_an_adapter_is_not_taken_for_its_base(copied, look):
     (copied / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="is a PEFT adapter.*merge_and_unload"):
-        look(str(copied)) if look is build_body else look(str(copied), head=head)
+        look(str(copied))
 
 
 def test_a_quantised_model_is_refused_with_its_package(copied):
@@ -244,7 +228,7 @@ def test_a_damaged_file_is_named_with_its_size(copied, file):
 
 
 def test_damaged_weights_in_other_formats(teacher_folder, tokenizer, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(teacher_folder)
+    model = transformers.LlamaForCausalLM.from_pretrained(teacher_folder)
     model.save_pretrained(tmp_path, safe_serialization=False)
     Teacher(str(tmp_path))
     refused_in_parts(tmp_path / "pytorch_model.bin", tmp_path, Teacher)

@@ -1,53 +1,29 @@
 """The teacher's start on four ranks, two nodes of two: one verdict for all, and a share for each rank of a node."""
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import teacher_ranks
 import torch
+import torch.multiprocessing
+from conftest import copy_teacher
 from transformers import LlamaForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def ranks(teacher_folder, tokenizer, tmp_path_factory) -> list[dict[str, Any]]:
+def ranks(teacher_folder, tmp_path_factory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("out")
     for name, value in (("other", 0.5), ("broken", float("nan"))):
-        model: Any = LlamaForCausalLM.from_pretrained(teacher_folder)
-        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
-        model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+        copy_teacher(
+            teacher_folder, out / name, lambda model, value=value: model.model.norm.weight.data[0].fill_(value)
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(4):
-        place = {"RANK": rank, "LOCAL_RANK": rank % 2, "NODE_RANK": rank // 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
-        environment = {
-            **os.environ,
-            **{key: str(value) for key, value in place.items()},
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, "tests/teacher_ranks.py", teacher_folder, str(out / "other"), str(out)]
-        with (out / f"{rank}.log").open("w") as said:
-            processes.append(
-                subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stdout=said, stderr=said)
-            )
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), [(out / f"{rank}.log").read_text()[-3000:] for rank in range(4)]
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(teacher_ranks.main, (port, teacher_folder, str(out)), nprocs=4, daemon=True)
     return [torch.load(out / f"rank{rank}.pt") for rank in range(4)]
 
 

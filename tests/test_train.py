@@ -1,6 +1,5 @@
 """The train script's short forms and overrides, and LET through llm-foundry's own configuration and data path."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import numpy as np
 import pytest
 import train as script  # scripts/train.py
 from conftest import foundry_yaml
-from llmfoundry import registry
 from llmfoundry.command_utils.train import train_from_yaml
 from omegaconf import OmegaConf as om
 from streaming import MDSWriter
 
-from let_composer import LET
 from let_composer.configuration import load
 
 ELSEWHERE = {"data": "nowhere", "tokenizer": "nowhere"}
@@ -33,14 +30,8 @@ def write(path: Path, algorithms: str) -> str:
         ("\n  let:", {"let": {}}),
         ("\n  let: {}", {"let": {}}),
         ("\n  let: {weight: 0.3}", {"let": {"weight": 0.3}}),
-        (
-            " [gradient_clipping: {clipping_type: norm}, let]",
-            {"gradient_clipping": {"clipping_type": "norm"}, "let": {}},
-        ),
-        (
-            "\n- gradient_clipping:\n    clipping_type: norm\n- let:",
-            {"gradient_clipping": {"clipping_type": "norm"}, "let": {}},
-        ),
+        (" [alibi: {max_sequence_length: 8}, let]", {"alibi": {"max_sequence_length": 8}, "let": {}}),
+        ("\n- alibi:\n    max_sequence_length: 8\n- let:", {"alibi": {"max_sequence_length": 8}, "let": {}}),
         ("", {}),
     ],
 )
@@ -112,12 +103,6 @@ def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "train", lambda config: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         script.main([foundry_yaml(tmp_path, variables=ELSEWHERE)])
-
-
-def test_the_entry_point_is_installed():
-    (entry,) = importlib.metadata.entry_points(group="llmfoundry_algorithms", name="let")
-    assert entry.value == "let_composer:LET"
-    assert registry.algorithms.get("let") is LET
 
 
 @pytest.fixture
