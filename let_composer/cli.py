@@ -14,7 +14,7 @@ __all__ = ["VERBS", "main", "told"]
 # Verb -> its module, imported only when it is called, and a line for --help. A module offers ``__doc__``,
 # ``add_arguments(parser)`` and ``run(args)``, which returns the exit status or None.
 VERBS = {
-    "prepare": ("let_composer.data.prepare", "turn text into streaming shards"),
+    "prepare": ("let_composer.data.convert", "turn text into streaming shards"),
     "verify": ("let_composer.data.verify", "read shards back and check hashes, counts and token ids"),
     "plan": ("let_composer.planning", "FLOPs, memory, time and price of a run, before it costs anything"),
     "compare": ("let_composer.comparing", "runs by what they logged: verdict, table, picture, page"),

@@ -1,5 +1,6 @@
 """What the tests of the data path share: real text, a tokenizer trained on it, and a conversion in small pieces."""
 
+import dataclasses
 import json
 import pydoc_data.topics
 from collections.abc import Callable
@@ -59,12 +60,12 @@ def jsonl(texts: list[str], subset: Callable[[int], str] = lambda _: "Pile-CC") 
 
 
 def plan(inputs: Path | str, tokenizer: str, **changes: Any) -> Plan:
-    values: dict[str, Any] = {"sequence_length": LENGTH, "piece_bytes": 40_000, "shard_bytes": 20_000}
-    return Plan([str(inputs)], tokenizer, **{**values, **changes})
+    small: dict[str, Any] = {"sequence_length": LENGTH, "piece_bytes": 40_000, "shard_bytes": 20_000, "workers": 2}
+    return Plan([str(inputs)], "", tokenizer, quiet=True, **{**small, **changes})
 
 
-def run(plan: Plan, out: Path | str, **options: Any) -> dict[str, Any]:
-    return convert(plan, str(out), **{"workers": 2, "progress": False, **options})
+def run(plan: Plan, out: Path | str, **changes: Any) -> dict[str, Any]:
+    return convert(dataclasses.replace(plan, out=str(out), **changes))
 
 
 def shards(folder: Path) -> dict[str, bytes]:
