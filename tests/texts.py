@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from let_composer.data.convert import convert
 from let_composer.data.plan import Plan
@@ -27,24 +26,6 @@ def english(limit: int = 400_000) -> list[str]:
     """Paragraphs of Python's own reference, which every Python has."""
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:limit]
     return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
-
-
-def make_tokenizer(folder: Path, vocab_size: int = 700) -> str:
-    bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "special_tokens": [EOS, "<|padding|>"],
-        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
-        "show_progress": False,
-    }
-    bpe.train_from_iterator(english(100_000), trainers.BpeTrainer(**settings))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token="<|padding|>", clean_up_tokenization_spaces=False
-    )
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def ids(texts: list[str], tokenizer: str) -> list[int]:

@@ -53,10 +53,9 @@ def run(args: argparse.Namespace) -> None:
             say(f"{name or 'all'} {split}:", *(f"{n[what]:,} {what}" for what in ("documents", "samples", "tokens")))
     if UNLABELLED in manifest["streams"]:
         say("The unlabelled have no name under meta.pile_set_name or pile_set_name.")
-    skipped, left_out = manifest["problems"], manifest["left_out"]
-    for line in skipped["first"][:20]:
+    for line in manifest["problems"]["first"][:20]:
         say(f"skipped: {line}")
-    for what, counts in (("skipped in all", skipped["counts"]), ("files left out", left_out)):
+    for what, counts in (("skipped in all", manifest["problems"]["counts"]), ("left out", manifest["left_out"])):
         if counts:
             say(f"{what}:", ", ".join(f"{n} {kind}" for kind, n in counts.items()))
     say(f"{plan.out}: ready.")
@@ -112,8 +111,10 @@ def _locked(folder: Path) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            yield
-            lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout as error:
         raise DataError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
     except OSError as error:
@@ -131,8 +132,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _finished(plan: Plan, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """Return the manifest of an earlier call that did the same; refuse whatever else is there."""
-    out = plan.out
-    found, _ = read_manifest(out)
+    found, out = read_manifest(plan.out)[0], plan.out
     if found is None:
         if "://" not in out and os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
             raise DataError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
@@ -155,7 +155,11 @@ def _convert_pieces(shards: Shards, plan: Plan, sources: dict[str, Any], worker:
     def collect(most: int) -> None:
         while len(pending) > most:
             place, future = pending.popleft()
-            found, problems, counts = future.result()
+            try:
+                found, problems, counts = future.result()
+            except DataError:
+                shards.save()
+                raise
             check_proportions(plan.proportions, {stream.rpartition("/")[0] for stream in found})
             shards.add(place, found, problems, counts)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from let_composer.data import DataError
 from let_composer.data.manifest import tokenizer_fingerprint
 
-__all__ = ["Plan", "add_arguments", "different", "recipe"]
+__all__ = ["Plan", "add_arguments", "different", "load_tokenizer", "recipe"]
 
 FORMAT = 6  # raise it when the bytes written for the same input change
 
@@ -78,15 +78,24 @@ def _proportion(entry: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{expected}, got {entry!r}. Leave out what is not wanted.")
 
 
-def recipe(plan: Plan, sources: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return all that decides the bytes, as the manifest has it, and the tokenizer as workers take it."""
+def load_tokenizer(name: str) -> Any:
+    """Load a fast tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
-    if not tokenizer.is_fast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{plan.tokenizer} has no fast tokenizer (tokenizer.json), which is what workers tokenize with."
-        )
+            f"No tokenizer at {name!r}: expected a folder with tokenizer.json or a name on the model hub. {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(f"{name} has no fast tokenizer (tokenizer.json), which is what workers tokenize with.")
+    return tokenizer
+
+
+def recipe(plan: Plan, sources: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return all that decides the bytes, as the manifest has it, and the tokenizer as workers take it."""
+    tokenizer = load_tokenizer(plan.tokenizer)
     table, serialized = tokenizer.get_vocab(), tokenizer.backend_tokenizer.to_str()
     eos = plan.eos if plan.eos is not None else tokenizer.eos_token
     if eos not in table:

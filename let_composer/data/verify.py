@@ -12,6 +12,7 @@ import numpy as np
 
 from let_composer.data import DataError
 from let_composer.data.manifest import join, read_manifest
+from let_composer.data.plan import load_tokenizer
 from let_composer.data.shards import HASH
 
 __all__ = ["add_arguments", "run", "verify"]
@@ -34,12 +35,10 @@ def verify(out: str, samples: int = 2) -> dict[str, int]:
     Raises:
         DataError: Something read differs from the manifest.
     """
-    from transformers import AutoTokenizer
-
     manifest, why_not = read_manifest(out)
     if manifest is None:
         raise DataError(f"Nothing to verify in {out}: {why_not}.")
-    tokenizer, read = AutoTokenizer.from_pretrained(manifest["tokenizer"]["name"]), {}
+    tokenizer, read = load_tokenizer(manifest["tokenizer"]["name"]), {}
     splits = [(about["folder"], *split) for about in manifest["streams"].values() for split in about["splits"].items()]
     for where, counts in ((join(out, folder, split), counts) for folder, split, counts in splits if counts["samples"]):
         read[where] = 0
