@@ -200,6 +200,7 @@ def test_killed_run_resumes_from_the_server(tmp_path: Path, bpe: str, bucket: st
         "train_loader": {"dataset": {**dataset, "max_seq_len": LENGTH}, "num_workers": 1},
         "eval_loader": None,
         "eval_interval": 0,
+        "eval_first": False,
         "algorithms": {"let": {"teacher": str(tmp_path / "teacher"), "weight": 1.0, "stop": "12ba"}},
         "callbacks": {"kill": {}},
         "max_duration": "24ba",

@@ -5,7 +5,8 @@ r"""Turn the Pile's documents, or any text in its format, into streaming MDS sha
 
 Inputs are JSON lines (.jsonl, .jsonl.zst, .jsonl.gz, .json.gz), .parquet files, folders of them, and URLs for fsspec,
 such as s3://, https://, hf://datasets/NAME[@REVISION]/FOLDER/*.parquet for the Hugging Face hub. Stop it at any moment
-and call it again: it continues, and the shards are byte for byte the same, with any number of workers.
+and call it again: it continues, and the shards are byte for byte the same, with any number of workers. Until then the
+work is in OUT.partial and OUT.partial.npz, which are beside OUT or, if that is remote, in the current folder.
 """
 
 import argparse
@@ -44,9 +45,10 @@ VERSIONS = ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    say, options = functools.partial(print, file=sys.stderr), vars(args)
-    read_back = options.pop("verify")
-    plan = Plan(**options | {"proportions": dict(args.proportions)})
+    say, options = functools.partial(print, file=sys.stderr), dict(vars(args))
+    options["proportions"] = dict(options["proportions"])
+    del options["verify"]
+    plan = Plan(**options)
     manifest = convert(plan)
     for name, about in manifest["streams"].items():
         for split, n in about["splits"].items():
@@ -61,14 +63,12 @@ def run(args: argparse.Namespace) -> None:
     say(f"{plan.out}: ready.")
     if plan.by_subset:
         print(streams_block(manifest, plan.out, plan.proportions), end="")
-    if read_back:
+    if args.verify:
         verify(plan.out)
 
 
 def convert(plan: Plan) -> dict[str, Any]:
     """Convert documents into MDS shards at ``plan.out``, continuing an earlier call that was interrupted.
-
-    Unfinished work is beside it, or in the current folder if it is remote: ``NAME.partial`` and ``NAME.partial.npz``.
 
     Returns:
         The manifest.

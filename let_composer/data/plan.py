@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from let_composer.data import DataError
@@ -27,7 +27,7 @@ class Plan:
     sequence_length: int  # tokens a sample
     validation: float = 0.0  # share of documents, by hash of their text, that goes to the validation split
     by_subset: bool = False  # one stream for each pile_set_name
-    proportions: Mapping[str, float] = dataclasses.field(default_factory=dict)  # in streams.yaml: see streams_block
+    proportions: dict[str, float] | None = None  # of the subsets in streams.yaml; default: see streams_block
     eos: str | None = None  # text that ends each document; default: the tokenizer's own
     on_error: Literal["stop", "skip"] = "stop"  # at a document or file that cannot be read
     shuffle_seed: int | None = 17  # of the order of shards; None keeps the order of the input
@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--proportions", nargs="+", type=_proportion, default=(), metavar="SUBSET=WEIGHT", help=weights)
     add("--eos", help="token that ends each document (the tokenizer's own)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="at unreadable input (%(default)s)")
-    order = {"dest": "shuffle_seed", "default": 17}
-    add("--no-shuffle", action="store_const", const=None, help="keep the shards in the order of the input", **order)
-    add("--seed", type=int, metavar="N", help="of the order of shards (%(default)s)", **order)
+    add("--seed", dest="shuffle_seed", type=int, default=17, metavar="N", help="of the order of shards (%(default)s)")
+    order = "keep the shards in the order of the input"
+    add("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help=order)
     add("--text-key", default="text", help="field or column with the text (%(default)s)")
     add("--workers", type=int, help="processes (one for each core)")
     add("--verify", action="store_true", help="read all of OUT back at the end")
