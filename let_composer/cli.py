@@ -12,9 +12,9 @@ from let_composer.names import nearest
 __all__ = ["VERBS", "main", "told"]
 
 # Verb -> its module, imported only when it is called, and a line for --help. A module offers ``__doc__``,
-# ``add_arguments(parser)`` and ``run(args)``, which returns the exit status or None.
+# ``add_arguments(parser)`` and ``run(args)``.
 VERBS = {
-    "prepare": ("let_composer.data.prepare", "turn text into streaming shards"),
+    "prepare": ("let_composer.data.convert", "turn text into streaming shards"),
     "verify": ("let_composer.data.verify", "read shards back and check hashes, counts and token ids"),
     "plan": ("let_composer.planning", "FLOPs, memory, time and price of a run, before it costs anything"),
     "compare": ("let_composer.comparing", "runs by what they logged: verdict, table, picture, page"),
@@ -24,14 +24,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; what the user can put right is told in a line, without a traceback.
-
-    Args:
-        argv: The arguments. Default: those of the process.
-
-    Returns:
-        The exit status.
-    """
+    """Run one verb with ``argv`` (default: the process's arguments); returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {verb:10}{line}" for verb, (_, line) in VERBS.items())
     top = argparse.ArgumentParser(
@@ -55,21 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def told(program: str, work: Callable[[], Any]) -> int:
-    """Do the work; tell in a line, without a traceback, what the user can put right.
-
-    Returns:
-        The exit status: what the work returned, if that is a number.
-    """
+    """Do the work; tell in a line, without a traceback, what the user can put right; returns the exit status."""
     try:
-        status = work()
+        work()
     except (ValueError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: stopped.", file=sys.stderr)
         return 130
-    return status if isinstance(status, int) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0

@@ -15,7 +15,6 @@ from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_token
 from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
 from omegaconf import OmegaConf as om
-from texts import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -43,7 +42,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a byte-level BPE of 700 tokens, as ``let-composer prepare`` takes it."""
-    return make_tokenizer(tmp_path_factory.mktemp("bpe"))
+    from sample_data.__main__ import train_bpe
+    from texts import english
+
+    folder = tmp_path_factory.mktemp("bpe")
+    train_bpe(english(100_000), 700, folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

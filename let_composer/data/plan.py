@@ -1,46 +1,81 @@
-"""What decides the bytes that are written, and what is there already of them."""
+"""What is to be done, and what of it decides the bytes that are written."""
 
+import argparse
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from let_composer.data import DataError
-from let_composer.data.manifest import read_manifest, tokenizer_fingerprint
+from let_composer.data.manifest import tokenizer_fingerprint
 
-__all__ = ["Plan", "clean", "different", "finished", "load_tokenizer", "locked", "recipe", "work_folder"]
+__all__ = ["Plan", "add_arguments", "different", "load_tokenizer", "recipe"]
 
 FORMAT = 6  # raise it when the bytes written for the same input change
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the user decides about the bytes written."""
+    """What the user decides."""
 
     inputs: Sequence[str]  # files, folders, globs or URLs
+    out: str  # folder that appears when all is done, or a remote one: its manifest.json is uploaded last
     tokenizer: str  # name or folder of a Hugging Face tokenizer
     sequence_length: int  # tokens a sample
     validation: float = 0.0  # share of documents, by hash of their text, that goes to the validation split
     by_subset: bool = False  # one stream for each pile_set_name
+    proportions: dict[str, float] | None = None  # of the subsets in streams.yaml; default: see streams_block
     eos: str | None = None  # text that ends each document; default: the tokenizer's own
     on_error: Literal["stop", "skip"] = "stop"  # at a document or file that cannot be read
     shuffle_seed: int | None = 17  # of the order of shards; None keeps the order of the input
     text_key: str = "text"  # name of the field or column with the text
     shard_bytes: int = 16 << 20  # of a shard before compression: some 32 MiB of text
     piece_bytes: int = 8 << 20  # input bytes given to a worker at a time; no byte written depends on it
+    workers: int | None = None  # processes; default: one for each core; no byte written depends on it
+    quiet: bool = False  # no progress bar
 
     def __post_init__(self) -> None:
-        if self.sequence_length < 1:
-            raise DataError(f"sequence_length must be at least 1, got {self.sequence_length}.")
+        for name in ("sequence_length", "workers"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise DataError(f"{name} must be at least 1, got {number}.")
         if not 0 <= self.validation < 1:
             raise DataError(f"validation must be a share in [0, 1), such as 0.01, got {self.validation}.")
+        if self.proportions and not self.by_subset:
+            raise DataError("Proportions are of subsets: add --by-subset.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take the command line's arguments."""
+    add = parser.add_argument
+    add("inputs", nargs="+", help="files, folders, globs or URLs")
+    add("--out", required=True, help="folder to make, or s3://, gs://, oci://, ... to upload to")
+    add("--tokenizer", required=True, help="folder with tokenizer.json or name of a hub tokenizer")
+    add("--sequence-length", type=int, default=2048, help="tokens a sample (%(default)s)")
+    add("--validation", type=float, default=0.0, help="share of documents held out (%(default)s)")
+    add("--by-subset", action="store_true", help="one stream for each meta.pile_set_name")
+    weights = "share of each subset in streams.yaml; default: the Pile's own, or token counts"
+    add("--proportions", nargs="+", type=_proportion, default=(), metavar="SUBSET=WEIGHT", help=weights)
+    add("--eos", help="token that ends each document (the tokenizer's own)")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at unreadable input (%(default)s)")
+    add("--seed", dest="shuffle_seed", type=int, default=17, metavar="N", help="of the order of shards (%(default)s)")
+    order = "keep the shards in the order of the input"
+    add("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help=order)
+    add("--text-key", default="text", help="field or column with the text (%(default)s)")
+    add("--workers", type=int, help="processes (one for each core)")
+    add("--verify", action="store_true", help="read all of OUT back at the end")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def _proportion(entry: str) -> tuple[str, float]:
+    name, _, weight = entry.rpartition("=")
+    with contextlib.suppress(ValueError):
+        if 0 < float(weight) < math.inf:
+            return name, float(weight)
+    expected = "expected SUBSET=WEIGHT with a weight above 0, such as 'Pile-CC=0.5'"
+    raise argparse.ArgumentTypeError(f"{expected}, got {entry!r}. Leave out what is not wanted.")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -86,66 +121,3 @@ def different(there: Any, here: Any, about: str = "") -> str:
         found = [different(there.get(key), here.get(key), f"{about} {key}") for key in here | there]
         return "; ".join(filter(None, found))
     return f"{about.strip()}: {json.dumps(there)} there, {json.dumps(here)} wanted" if there != here else ""
-
-
-def finished(out: str, wanted: dict[str, Any], on_error: str) -> dict[str, Any] | None:
-    """Return the manifest of an earlier call that did the same; refuse whatever else is there."""
-    found, _ = read_manifest(out)
-    if found is None:
-        if "://" not in out and os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-            raise DataError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
-    elif differs := different({key: found.get(key) for key in wanted}, wanted):
-        raise DataError(f"{out} holds shards made otherwise ({differs:.600}). Choose another --out, or remove it.")
-    elif on_error == "stop" and (first := found["problems"]["first"]):
-        raise DataError(f"{out} was made with --on-error skip, and lacks what could not be read: {first[0]}")
-    return found
-
-
-def work_folder(out: str, work: str | None) -> Path:
-    """Return the folder of unfinished work, which nothing else may be in."""
-    target = Path(out if "://" in out else os.path.realpath(out))
-    inside = Path(os.path.realpath(work or ("." if "://" in out else target.parent)))
-    if target in (inside, *inside.parents):
-        raise DataError(
-            f"--work {work} is --out or inside it, which appears only when all is done. Name another folder."
-        )
-    return inside / f"{target.name}.partial"
-
-
-def clean(folder: Path) -> None:
-    """Remove what the work made, and the folder if nothing else is in it; it is locked."""
-    for name in ("out", "shard") if (folder / "state.npz").exists() else ():
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (*folder.glob("streams.yaml*"), *folder.glob("state.npz*")):  # the halves of a killed call, too
-        path.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it; errors of disk and memory are told in the user's terms."""
-    from filelock import FileLock, Timeout
-
-    lock = folder.with_name(f"{folder.name}.lock")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock, timeout=0):
-            folder.mkdir(exist_ok=True)
-            yield
-            lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise DataError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(folder).free / 1e9
-        raise DataError(
-            f"No room to write in {folder} ({error.strerror}; {free:.2f} GB free on that disk). Make room and call "
-            "again: what is finished is kept."
-        ) from error
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A worker process was killed, most often for want of memory. Call again with fewer --workers: what is "
-            "finished is kept."
-        ) from error

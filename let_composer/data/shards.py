@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import time
+from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from let_composer.data import DataError, replacing
-from let_composer.data.plan import Plan, different
+from let_composer.data.manifest import join
+from let_composer.data.plan import different
 from let_composer.data.streams import PILE_WEIGHTS
-from let_composer.data.tokens import UNLABELLED
+from let_composer.data.tokens import PROBLEMS_KEPT, UNLABELLED
 
 __all__ = ["HASH", "Shards", "stream_folder", "upload"]
 
@@ -22,32 +24,35 @@ HASH = "xxh128"
 
 
 class Shards:
-    """All streams (``"subset/split"``) on their way to shards below ``work/out``, and how far the input is read.
+    """All streams (``"subset/split"``) on their way to shards in a folder or store, and how far the input is read.
 
-    Both are kept in one file, so that a later call goes on from there. What was written since is written again.
+    What is known of them is kept in one file beside the folder, so that a later call goes on from there. What was
+    written since is written again.
     """
 
-    def __init__(self, plan: Plan, wanted: dict[str, Any], work: Path) -> None:
-        self.work, self.out, self.remote, self.file = work, work / "out", wanted["remote"], work / "state.npz"
-        self.dtype, self.length = wanted["dtype"], plan.sequence_length
-        self.full = max(plan.shard_bytes // np.dtype(self.dtype).itemsize // self.length, 1) * self.length
+    def __init__(self, wanted: dict[str, Any], folder: Path, file: Path, remote: str | None) -> None:
+        self.folder, self.file, self.remote = folder, file, remote
+        self.dtype, self.length = wanted["dtype"], wanted["sequence_length"]
+        sample_bytes = np.dtype(self.dtype).itemsize * self.length
+        self.full = max(wanted["arguments"]["shard_bytes"] // sample_bytes, 1) * self.length
         self.rest: dict[str, np.ndarray] = {}  # the tokens of each stream that fill no shard yet
         self.saved, self.took = 0.0, 0.0
+        wanted = wanted | {"remote": remote}
         self.state: dict[str, Any] = {"wanted": wanted, "done": [-1, -1], "problems": [], "counts": {}, "streams": {}}
-        if self.file.exists():
-            with np.load(self.file) as arrays:
-                self.rest = {name: arrays[name] for name in arrays.files}
-            self.state = json.loads(self.rest.pop("state").item())
-            if differs := different(self.state["wanted"], wanted):
-                raise DataError(
-                    f"{work} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove "
-                    f"it: rm -r {work}"
-                )
-        elif any(path.name != "state.npz.writing" for path in work.iterdir()):
-            raise DataError(f"{work} is wanted for unfinished work, but holds something else. Choose another --work.")
-        else:
+        if not folder.exists():
             self.save()
-        self.out.mkdir(exist_ok=True)
+            folder.mkdir()
+            return
+        if not file.exists():
+            raise DataError(f"{folder} is wanted for unfinished work, but holds something else. Choose another --out.")
+        with np.load(file) as arrays:
+            self.rest = dict(arrays)
+        self.state = json.loads(self.rest.pop("state").item())
+        if differs := different(self.state["wanted"], wanted):
+            raise DataError(
+                f"{folder} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove "
+                f"it: rm -r {folder}"
+            )
 
     def save(self) -> None:
         """Keep what is done."""
@@ -57,8 +62,25 @@ class Shards:
         self.saved = time.monotonic()
         self.took = self.saved - started
 
-    def add(self, stream: str, documents: int, size: int, ids: np.ndarray) -> None:
-        """Append documents to a stream, and write the shards that they fill."""
+    def add(
+        self,
+        place: list[int],
+        found: dict[str, tuple[int, int, np.ndarray]],
+        problems: list[str],
+        counts: Counter[str],
+    ) -> None:
+        """Take what ``tokenize`` made of the piece at ``place``, and write the shards that it fills."""
+        for stream, documents in found.items():
+            self._append(stream, *documents)
+        # A damaged file first: it is the most that is lost.
+        problems = sorted(self.state["problems"] + problems, key=lambda problem: " file: " not in problem)
+        self.state["problems"] = problems[:PROBLEMS_KEPT]
+        self.state["counts"] = Counter(self.state["counts"]) + counts
+        self.state["done"] = place
+        if time.monotonic() - self.saved > 20 * self.took:
+            self.save()
+
+    def _append(self, stream: str, documents: int, size: int, ids: np.ndarray) -> None:
         about = self.state["streams"].setdefault(stream, {"documents": 0, "bytes": 0, "shards": []})
         about["documents"] += documents
         about["bytes"] += size
@@ -70,20 +92,21 @@ class Shards:
 
     def finish(self, stream: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Write the last samples of a stream; returns what the manifest says about it, and its shards."""
-        about = self.state["streams"].get(stream, {"documents": 0, "bytes": 0, "shards": []})
-        tokens = self.rest.get(stream, np.empty(0))
+        self._append(stream, 0, 0, np.empty(0, self.dtype))  # it may hold no document
+        about, tokens = self.state["streams"][stream], self.rest[stream]
         if whole := len(tokens) // self.length * self.length:
             self._write(stream, tokens[:whole])
         samples = sum(shard["samples"] for shard in about["shards"])
-        counts = {"documents": about["documents"], "bytes": about["bytes"], "samples": samples}
+        counts = {what: about[what] for what in ("documents", "bytes")} | {"samples": samples}
         counts |= {"tokens": samples * self.length, "tokens_left_over": len(tokens) - whole}
         return counts, about["shards"]
 
     def _write(self, stream: str, tokens: np.ndarray) -> None:
         from streaming import MDSWriter
 
-        partial, folder, shards = self.work / "shard", stream_folder(stream), self.state["streams"][stream]["shards"]
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, folder = self.folder / "shard.writing", stream_folder(stream)
+        shards = self.state["streams"][stream]["shards"]
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed call
         columns = {"tokens": f"ndarray:{self.dtype}:{self.length}"}
         writer = MDSWriter(columns=columns, out=str(partial), compression="zstd", hashes=[HASH], size_limit=None)
         writer.shards = shards  # it numbers its files by them
@@ -91,12 +114,13 @@ class Shards:
             writer.write({"tokens": sample})
         writer.flush_shard()  # not finish, which writes an index that is not wanted
         writer.executor.shutdown()
-        file = f"{folder}/{shards[-1]['zip_data']['basename']}"
-        (self.out / folder).mkdir(parents=True, exist_ok=True)
-        (partial / Path(file).name).replace(self.out / file)
+        file = shards[-1]["zip_data"]["basename"]
         if self.remote:
-            upload(self.out, self.remote, [file])
-            (self.out / file).unlink()
+            upload(partial, join(self.remote, folder), [file])
+        else:
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            (partial / file).replace(self.folder / folder / file)
+        shutil.rmtree(partial)
 
 
 def stream_folder(stream: str) -> str:

@@ -5,8 +5,11 @@ import gzip
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+import fsspec
 
 from let_composer.data import DataError
 
@@ -26,42 +29,33 @@ class Piece(NamedTuple):
     damage: tuple[str, str] | None  # that the source has after this piece: its kind, and what the reader says
 
 
-def list_sources(inputs: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def list_sources(inputs: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Find all files of files, folders, globs and URLs, in a fixed order, links followed, hub data sets pinned.
 
     Returns:
         For each file its bytes (0 where a web server does not say) and its version: its time of change, or what its
-        store calls its content. A line for each file or folder that was left out.
+        store calls its content. How many files and folders were left out, for each reason.
     """
-    sources, left_out = {}, []
+    sources, left_out = {}, Counter()
     for name in inputs:
         try:
-            for path, about in _find(name, left_out):
-                if path in sources:
-                    raise DataError(f"Named more than once: {path}. Its documents would be repeated.")
-                sources[path] = about
-        except OSError as error:  # each store has its own
+            found = dict(_find(name, left_out))
+        except (OSError, ImportError, ValueError) as error:  # each store has its own
             raise DataError(f"Cannot list {name}: {error}") from error
-    return sources, left_out
+        if not found:
+            raise DataError(
+                f"Nothing to read at {name}. Expected files that end in {', '.join(ENDINGS)}, folders of them, or URLs "
+                "for fsspec, such as s3://BUCKET/FOLDER or hf://datasets/NAME[@REVISION]/FOLDER/*.parquet."
+            )
+        if twice := sorted(sources.keys() & found.keys()):
+            raise DataError(f"Named more than once: {twice[0]}. Its documents would be repeated.")
+        sources |= found
+    return sources, dict(sorted(left_out.items()))
 
 
-def _filesystem(name: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(name)
-    except ImportError as error:
-        raise DataError(
-            f"Reading {name} needs a package that is not installed: {error}. (s3:// takes pip install s3fs, gs:// pip "
-            "install gcsfs.)"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"Expected a file, folder or URL, got {name!r}: {error}") from error
-
-
-def _find(name: str, left_out: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    fs, root = _filesystem(name)
-    local, endings = "file" in fs.protocol, ", ".join(ENDINGS)
+def _find(name: str, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    fs, root = fsspec.core.url_to_fs(name)
+    local = "file" in fs.protocol
     if "hf" in fs.protocol:  # the commit that the hub has now, so that a continued call cannot mix two
         from huggingface_hub import HfApi
 
@@ -69,38 +63,33 @@ def _find(name: str, left_out: list[str]) -> Iterator[tuple[str, dict[str, Any]]
         commit = HfApi().repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type).sha
         root = f"{place.repo_type}s/{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
     tops = [root] if fs.exists(root) else glob.glob(root, recursive=True) if local else fs.glob(root)
-    if not tops:
-        raise DataError(
-            f"No such file or folder: {name}. Expected {endings} files, a folder of them, or a URL that fsspec reads, "
-            "such as s3://BUCKET/FOLDER or hf://datasets/NAME[@REVISION]/FOLDER/*.parquet on the Hugging Face hub."
-        )
-    paths, seen = [], {}
-    for top in tops:
-        paths += _walk(fs, top, seen, left_out) if fs.isdir(top) else [top]
-    if not paths:
-        raise DataError(f"Nothing to read in {name}: expected files that end in {endings}.")
-    for path in sorted(paths):
+    seen = set()
+    for path in sorted(path for top in tops for path in _walk(fs, top, seen, left_out)):
         if not path.lower().endswith(ENDINGS):
-            raise DataError(f"Cannot read {path}: expected a name that ends in {endings}.")
-        info = fs.info(path)
-        version = next((str(info[k]) for k in ("mtime", "LastModified", "ETag", "blob_id") if info.get(k)), "")
-        yield path if local else fs.unstrip_protocol(path), {"bytes": info["size"] or 0, "version": version}
+            left_out["of no format that is read"] += 1
+        elif local and not os.path.exists(path):
+            left_out["links to nothing"] += 1
+        else:
+            info = fs.info(path)
+            version = next((str(info[k]) for k in ("mtime", "LastModified", "ETag", "blob_id") if info.get(k)), "")
+            yield path if local else fs.unstrip_protocol(path), {"bytes": info["size"] or 0, "version": version}
 
 
-def _walk(fs: Any, top: str, seen: dict[str, str], left_out: list[str]) -> Iterator[str]:
+def _walk(fs: Any, top: str, seen: set[str], left_out: Counter[str]) -> Iterator[str]:
+    if not fs.isdir(top):
+        yield top
+        return
     local = "file" in fs.protocol  # fsspec follows no links
     for folder, folders, files in os.walk(top, followlinks=True) if local else fs.walk(top):
-        if (first := seen.setdefault(os.path.realpath(folder) if local else folder, folder)) != folder:
-            left_out.append(f"{folder}: the same folder as {first}")
+        place = os.path.realpath(folder) if local else folder
+        if place in seen:
+            left_out["links to a folder that is read"] += 1
             folders.clear()
             continue
-        left_out += [f"{folder}/{name}: hidden" for name in [*folders, *files] if name.startswith(".")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in [f"{folder}/{name}" for name in files if not name.startswith(".")]:
-            if not path.lower().endswith(ENDINGS):
-                left_out.append(f"{path}: not a format that is read")
-            elif local and not os.path.exists(path):
-                left_out.append(f"{path}: a link to nothing")
+        seen.add(place)
+        for path in (f"{folder}/{file}" for file in files):
+            if "/." in path.removeprefix(top):
+                left_out["hidden"] += 1
             else:
                 yield path
 
@@ -110,7 +99,7 @@ def read_pieces(source: str, piece_bytes: int, text_key: str) -> Iterator[Piece]
     import pyarrow
     from backports import zstd
 
-    fs, path = _filesystem(source)
+    fs, path = fsspec.core.url_to_fs(source)
     buffer, line, damage = bytearray(), 1, None
     with fs.open(path, "rb") as file:
 
@@ -163,8 +152,7 @@ def _rows(file: Any, source: str, text_key: str) -> Iterator[bytes]:
         for batch in table.iter_batches(batch_size=256, columns=names):
             # As bytes, so that a row that is not UTF-8 costs no other.
             columns = [c.cast(pyarrow.large_binary()) if "string" in str(c.type)[:12] else c for c in batch.columns]
-            for row in zip(*(column.to_pylist() for column in columns), strict=True):
-                line = dict(zip(names, map(text, row), strict=True))
-                yield json.dumps(line, default=str).encode() + b"\n"
+            for row in pyarrow.RecordBatch.from_arrays(columns, names).to_pylist():
+                yield json.dumps({name: text(row[name]) for name in names}, default=str).encode() + b"\n"
     except (OSError, UnicodeDecodeError) as error:  # a damaged page, or a nested string
         raise pyarrow.ArrowInvalid(str(error)) from error

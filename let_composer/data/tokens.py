@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
@@ -54,13 +54,13 @@ def tokenize(piece: Piece) -> tuple[dict[str, tuple[int, int, np.ndarray]], list
         could not be read, and how much of each kind there was.
     """
     (eos_id, dtype), problems, counts = _form, [], Counter()
-    parts: dict[str, list[Any]] = {}
+    streams: dict[str, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for stream, text, size in _documents(piece, problems, counts):
         # Without the offsets that encode works out. One by one is quicker than in batches.
         (encoding,) = _tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        parts.setdefault(stream, []).append((size, np.array([*encoding.ids, eos_id], dtype)))
+        streams[stream].append((size, np.array([*encoding.ids, eos_id], dtype)))
     found = {}
-    for stream, documents in parts.items():
+    for stream, documents in streams.items():
         sizes, ids = zip(*documents, strict=True)
         found[stream] = len(sizes), sum(sizes), np.concatenate(ids)
     return found, problems, counts
@@ -99,9 +99,8 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
             elif not text or text.isspace():
                 problem(number, "empty text", "the document holds no text")
             elif len(content) > LONGEST:
-                problem(
-                    number, "too long", f"expected at most {LONGEST} bytes a document, got {len(content)}: split it"
-                )
+                expected = f"at most {LONGEST} bytes a document"
+                problem(number, "too long", f"expected {expected}, got {len(content)}: split it")
             else:
                 place = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
                 yield f"{subset}/{SPLITS[place < _plan.validation]}", text, len(content)

