@@ -156,7 +156,7 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
         om.save(job.config, runs / f"{job.name}.yaml")
         process = fork.Process(target=_train, args=(runs / f"{job.name}.yaml", threads))
         process.start()
-        process.join(APART)
+        process.join(APART if workers > 1 else None)
         return process
 
     def finish(job: Job, exit_status: int) -> None:
