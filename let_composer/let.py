@@ -53,15 +53,15 @@ class LET(Guidance[LETOptions]):
             Once it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
             number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best at 1.4B is 0.1.
             Default: ``"auto"``, our choice: it gained as much as the best number tried. An untrained teacher cost
-            nothing, one overtaken at 28 % of the run 0.012 nats (yamls/evidence/automatic.md).
+            nothing, one overtaken early 0.011 nats (yamls/evidence/evidence.md).
         stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once
             and kept in checkpoints, until the clock is reset. Past ``max_duration`` it warns. Default: ``"0.5dur"``,
-            our choice, the paper is silent; an earlier one saved less with 0.64M students (README, evidence).
+            our choice, the paper is silent; an earlier one saved less with 0.64M students (yamls/evidence/evidence.md).
         anneal: ``"linear"`` (paper) or ``"cosine"`` from ``weight`` to 0 at ``stop``; ``"constant"`` until ``stop``.
             Default: ``"linear"``.
         resize: Whose features are linearly interpolated where the widths differ, ``"teacher"`` or ``"student"``.
             Default: ``"student"``, our choice: sources on the paper disagree, and it did better with 0.64M
-            students (README, evidence).
+            students (yamls/evidence/evidence.md).
         normalize_teacher: ``"none"`` (paper); ``"center"`` subtracts the running mean of every teacher feature;
             ``"standardize"`` also divides by its running deviation. Statistics of earlier batches are used, so the very
             first batch is not normalised. Default: ``"none"``.
