@@ -1,5 +1,7 @@
 """What helps a student without a teacher, to be set beside LET. An experiment names this file under ``code_paths``."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from composer import Algorithm, Event, Logger, State
 from llmfoundry.registry import algorithms
@@ -44,7 +46,8 @@ class DeepSupervision(Algorithm):
         if event == Event.BEFORE_FORWARD:
             self.capture.arm()
             return
-        student = state.model.model.transformer
+        model: Any = state.model
+        student = model.model.transformer
         logits = F.linear(student.norm_f(self.capture.take()), student.wte.weight)
         labels = state.batch["labels"]
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
@@ -69,7 +72,8 @@ class LabelSmoothing(Algorithm):
         """Mix the loss with that of an even target."""
         mask = loss_generating(state.batch["labels"])
         even = -logits_of(state.outputs)[mask].float().log_softmax(dim=-1).mean()
-        state.loss = plus((1 - self.share) * state.loss, self.share * even)
+        loss: Any = state.loss
+        state.loss = plus((1 - self.share) * loss, self.share * even)
 
 
 algorithms.register("deep_supervision", func=DeepSupervision)
