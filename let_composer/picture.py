@@ -164,16 +164,17 @@ class _Picture:
         axis.set_title(textwrap.fill(verdict(summary), 84), loc="left", fontsize=11)
 
     def draw_guidance(self, axis: Any) -> None:
-        """Shade the guided part of each arm, and say at its end what the teacher took of the arm's compute."""
+        """Mark where each arm's guidance ends. For a single one, shade that part and name the teacher's share."""
         guided = {row["arm"]: row for row in self.summary["arms"] if self.curves(row["arm"], "weight")}
         for i, (arm, row) in enumerate(guided.items()):
             color = self.colors[arm]
             stop = float(np.mean([x[-1] for x, _ in self.curves(arm, "weight")]))
             end = float(np.mean([x[-1] for x, _ in self.curves(arm)]))
-            axis.axvspan(0, stop, color=color, alpha=0.1, lw=0)
+            if len(guided) == 1:
+                axis.axvspan(0, stop, color=color, alpha=0.1, lw=0)
             axis.axvline(stop, color=color, lw=1)
             text = "teacher released" if stop < 0.98 * end else "guided to the end"
-            if share := row["over_seeds"]["teacher_share"]:
+            if len(guided) == 1 and (share := row["over_seeds"]["teacher_share"]):
                 text += f", it took {share['mean']:.1%} of the compute"
             # On the side of the start, where curves leave room, one below the other.
             height, early = 0.09 + 0.06 * i, stop < 0.45 * end

@@ -41,7 +41,7 @@ def test_llm_foundry_takes_it_as_it_is(path):
 def test_one_shape_of_file_for_all_sizes():
     """Keys and, but for what makes a size, values: a mend in one is a mend in all."""
     first, *others = (om.load(path) for path in SIZED)
-    assert len(others) == 4
+    assert len(others) == 3
     sized = {"model": ["d_model", "n_heads", "n_layers", "tie_word_embeddings"], "optimizer": ["lr", "weight_decay"]}
 
     def common(config) -> dict:

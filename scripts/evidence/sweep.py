@@ -360,7 +360,8 @@ def draw(points: list[Row], out: Path) -> None:
     axis.text(0.99, 0.02, "unguided, it does not", transform=axis.transAxes, ha="right", color="#666666")
     axis.set_ylim(min([30.0, *(100 * row.share["min"] - 5 for row in points if row.share)]), 108 + 4 * len(methods))
     axis.margins(x=0.12)
-    counts = " to ".join(map(str, sorted({row.seeds for row in points})))
+    fewest, most = min(row.seeds for row in points), max(row.seeds for row in points)
+    counts = str(most) if fewest == most else f"{fewest} to {most}"
     title = f"What guidance saves, over the lead of its teacher (seeds: {counts}; bars from best to worst)"
     axis.set_title(title, loc="left", fontsize=11)
     axis.legend(frameon=False, loc="upper right")
