@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from let_composer.data import replacing
+from let_composer.files import replacing
 from let_composer.logs import METRIC, Curve, Run, read_run
 
-__all__ = ["add_arguments", "compare", "crossing", "group", "run", "spread", "summarize", "table", "verdict"]
+__all__ = ["add_arguments", "cell", "compare", "crossing", "group", "run", "spread", "summarize", "table", "verdict"]
 
 SEED = re.compile(r"[-_]s(eed)?\d+$")
 Arms = dict[str, list[Run]]
@@ -169,6 +169,15 @@ def verdict(summary: dict[str, Any]) -> str:
     return f"{best['arm']} reaches the final {what} of {baseline}, {level:.3f}, after {text}.{only} {mean}"
 
 
+def cell(values: dict[str, float] | None, seeds: int, form: str, unit: float = 1, suffix: str = "") -> str:
+    """A spread as text: mean (lowest..highest), and how many of the seeds it is of, if not all; - for none."""
+    if values is None:
+        return "-"
+    mean, low, high = (format(values[key] / unit, form) for key in ("mean", "min", "max"))
+    band = "" if low == high else f" ({low}..{high})"
+    return f"{mean}{suffix}{band}" + ("" if values["n"] == seeds else f", {values['n']} of {seeds} seeds")
+
+
 def table(summary: dict[str, Any]) -> pd.DataFrame:
     """The summary as text cells, a row for each arm; shares are of the baseline's means, ranges are over seeds."""
     rows = {row["arm"]: (len(row["seeds"]), row["over_seeds"]) for row in summary["arms"]}
@@ -181,13 +190,6 @@ def table(summary: dict[str, Any]) -> pd.DataFrame:
 
     def share(key: str) -> tuple[str, float, str]:
         return ".0%", (whole[key] or {}).get("mean", 1), ""
-
-    def cell(values: dict[str, float] | None, seeds: int, form: str, unit: float, suffix: str) -> str:
-        if values is None:
-            return "-"
-        mean, low, high = (format(values[key] / unit, form) for key in ("mean", "min", "max"))
-        band = "" if low == high else f" ({low}..{high})"
-        return f"{mean}{suffix}{band}" + ("" if values["n"] == seeds else f", {values['n']} of {seeds} seeds")
 
     final = summary["metric"].removeprefix("metrics/")
     columns = {

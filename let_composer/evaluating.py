@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from let_composer.configuration import quiet, read_yaml
-from let_composer.data import replacing
+from let_composer.files import replacing
 from let_composer.names import refuse_unknown
 
 __all__ = ["NINE", "add_arguments", "local_tasks", "open_model", "run", "score"]

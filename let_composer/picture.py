@@ -14,7 +14,7 @@ import pandas as pd
 
 from let_composer import __version__
 from let_composer.comparing import Arms, scale, table, verdict
-from let_composer.data import replacing
+from let_composer.files import replacing
 from let_composer.logs import METRIC, Curve, Run
 
 __all__ = ["PALETTE", "write_pictures"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from let_composer.configuration import load, quiet, read_methods, require
-from let_composer.data import write_json
+from let_composer.files import write_json
 from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
 from let_composer.names import refuse_unknown
 

@@ -71,5 +71,5 @@ else
   run baseline
   run let yamls/quickstart/let.yaml algorithms.let.weight=1 algorithms.let.normalize_teacher=standardize
 fi
-let-composer compare "$runs/baseline" "$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
+let-composer compare "$runs/baseline" "LET=$runs/let" ${teacher[@]+"${teacher[@]}"} --out "$runs/comparison"
 echo "Judge by tokens and compute: times are of this machine, with whatever else it did."

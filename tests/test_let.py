@@ -2,7 +2,7 @@
 
 import pytest
 from composer.algorithms import LayerFreezing
-from conftest import build_data, build_student, hf_student, metrics
+from conftest import build_data, build_student, hf_student, metrics, parameters
 
 
 def test_layers_and_resizing(train, let):
@@ -40,3 +40,13 @@ def test_a_block_whose_parameters_train_but_whose_output_carries_no_gradient(tra
     model.model.model.layers[0].register_forward_hook(lambda module, args, output: (output[0].detach(), *output[1:]))
     with pytest.raises(RuntimeError, match="student_layer 1 to carry a gradient"):
         train(let(student_layer=1, stop="4ba"), model=model)
+
+
+def test_a_student_with_lora(train, tokenizer, let, teacher_folder):
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    model = hf_student(tokenizer, teacher_folder, peft_config=lora)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = train(let(student_layer=1, stop="2ba"), model=model, max_duration="2ba")
+    changed = [name for name, value in parameters(trainer).items() if not value.equal(before[name])]
+    assert changed and all("lora_" in name for name in changed)
+    assert all(ratio > 0.01 for ratio in metrics(trainer, "let/gradient_ratio"))

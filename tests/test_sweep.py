@@ -115,14 +115,14 @@ def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experi
     assert cells(page, "Every arm") == [
         ["**one**", "plain", "2", "3.500 (3.000..4.000)", "", "100%", "79% (75%..83%)"],
         ["", "with LET", "2", "2.500 (2.000..3.000)", "+1.000", "67%", "44%"],
-        ["", "worse", "1", "5.000", "-2.000", "never", "never"],  # against the baseline of seed 4 alone
+        ["", "worse", "1", "5.000", "-2.000", "-", "-"],  # against the baseline of seed 4 alone
         ["**two**", "with LET", "2", "2.500 (2.000..3.000)", "", "100%", "44%"],
-        ["", "plain", "2", "3.500 (3.000..4.000)", "-1.000", "never", ""],
+        ["", "plain", "2", "3.500 (3.000..4.000)", "-1.000", "-", ""],
     ]
     assert cells(page, "What guidance saves, over the lead of its teacher") == [
         ["LET", "hub", "1", "not trained here", "+0.500", "89%"],
         ["LET", "good", "2", "-1.00", "+1.000", "67%"],
-        ["LET", "bad", "1", "-1.50", "-2.000", "never"],
+        ["LET", "bad", "1", "-1.50", "-2.000", "-"],
     ]
     drawing = Path("runs/overview.svg").read_text()
     assert "good" in drawing and "bad: never" in drawing and Path("runs/overview.png").exists()

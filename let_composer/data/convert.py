@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError, replacing, write_json
+from let_composer.data import DataError
 from let_composer.data.manifest import MANIFEST, join, read_manifest
 from let_composer.data.plan import Plan, add_arguments, different, recipe
 from let_composer.data.shards import Shards, stream_folder, upload
@@ -37,9 +37,11 @@ from let_composer.data.sources import list_sources, read_pieces
 from let_composer.data.streams import check_proportions, streams_block
 from let_composer.data.tokens import SPLITS, UNLABELLED, start_worker, tokenize
 from let_composer.data.verify import verify
+from let_composer.files import replacing, write_json
 
 __all__ = ["add_arguments", "convert", "run"]
 
+AGAIN = "call again: what is finished is kept."
 VERSIONS = ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")
 
 
@@ -118,16 +120,10 @@ def _locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise DataError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
     except OSError as error:
-        free = shutil.disk_usage(lock.parent).free / 1e9
-        raise DataError(
-            f"Cannot go on: {error} ({free:.2f} GB free on the disk of {folder}). Put that right and call again: what "
-            "is finished is kept."
-        ) from error
+        free = f"{shutil.disk_usage(lock.parent).free / 1e9:.2f} GB free on the disk of {folder}"
+        raise DataError(f"Cannot go on: {error} ({free}). Put that right and {AGAIN}") from error
     except BrokenProcessPool as error:
-        raise DataError(
-            "A worker process was killed, most often for want of memory. Call again with fewer --workers: what is "
-            "finished is kept."
-        ) from error
+        raise DataError(f"A worker was killed, most often for want of memory. With fewer --workers {AGAIN}") from error
 
 
 def _finished(plan: Plan, wanted: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError, replacing
+from let_composer.data import DataError
 from let_composer.data.manifest import join
 from let_composer.data.plan import different
 from let_composer.data.streams import PILE_WEIGHTS
 from let_composer.data.tokens import PROBLEMS_KEPT, UNLABELLED
+from let_composer.files import replacing
 
 __all__ = ["HASH", "Shards", "stream_folder", "upload"]
 

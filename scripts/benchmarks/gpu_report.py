@@ -67,25 +67,13 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
         command = [f"{FOLDER}/loss.py", "--out", str(out / name), *options]
         return Part(name, command, 420, toy, "times, shares of the copy bandwidth, Triton against torch", resumes=True)
 
-    def model(script: str, size: str, batch: int, micro: Any, *options: str, name: str = "") -> Part:
-        name = name or f"{script}-{size}"
-        command = [f"{FOLDER}/{script}.py", f"yamls/let_{size}.yaml", *([] if has_flash else PLAIN)]
-        command += [f"global_train_batch_size={batch}", f"device_train_microbatch_size={micro}", *options]
-        return Part(name, [*command, "--out", str(out / name)], 300, f"{TOY} device_train_microbatch_size=1")
-
     def step(size: str, batch: int, micro: Any, name: str = "") -> Part:
-        part = model("step", size, batch, micro, "--gpu", gpu, name=name)
-        part.toy += " --rounds 2 --steps 3"
-        part.gpu = "times, memory, utilisation" + (", the search for a microbatch" if micro == "auto" else "")
-        return part
-
-    def teacher(size: str, batch: int) -> list[Part]:  # apart: one that fails may leave the device unusable
-        forms = ("eager", "captured", "compiled")
-        found = [model("teacher", size, batch, batch, "--form", f, name=f"teacher-{size}-{f}") for f in forms]
-        for part in found:
-            part.toy += " --repeats 2"
-            part.gpu = "graph capture and streams"
-        return found
+        name = name or f"step-{size}"
+        command = [f"{FOLDER}/step.py", f"yamls/let_{size}.yaml", *([] if has_flash else PLAIN)]
+        command += [f"global_train_batch_size={batch}", f"device_train_microbatch_size={micro}", "--gpu", gpu]
+        toy = f"{TOY} device_train_microbatch_size=1 --rounds 2 --steps 3"
+        shows = "times, memory, utilisation" + (", the search for a microbatch" if micro == "auto" else "")
+        return Part(name, [*command, "--out", str(out / name)], 300, toy, shows)
 
     small = 8 if has_flash else 2
     found = [
@@ -93,7 +81,6 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
         tests("kernel-tests", "tests/test_kernels.py", 240, "every case: they are collected and skipped here"),
         loss("loss"),
         step("1b4", 2 * small, small),
-        *teacher("1b4", small),
         tests("trainer-tests", "tests/test_gpu.py", 300, "every case: they are collected and skipped here"),
         loss("loss-teacher", "--resize", "teacher"),
         step("125m", 32, 16),
@@ -102,7 +89,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
         loss("loss-fp32", "--dtype", "float32", "--pairs", "2048/768", "4096/2048"),
     ]
     if memory_gib > 100 or rehearse:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
-        found += [step("7b", 4 if has_flash else 2, 2 if has_flash else 1), *teacher("7b", 1)]
+        found.append(step("7b", 4 if has_flash else 2, 2 if has_flash else 1))
     command = ["scripts/evidence/sweep.py", EVIDENCE, "--workers", "1", "--runs", str(out / "evidence-125m")]
     command += ["variables.attention=flash"] if has_flash else []
     toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba eval_subset_num_batches=1"

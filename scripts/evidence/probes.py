@@ -3,13 +3,12 @@
     python scripts/evidence/probes.py yamls/evidence/evidence.yaml
 
 Another kind of text: Python code, of the installed torch. Copying: tokens of that code in random order, twice in a row;
-the figure is what the first time saves the second. Both in nats per token. Prints a table, with the mean over seeds of
-the difference to the baseline's run of the same seed. Every run must have exported its model (hf_checkpointer).
+the figure is what the first time saves the second. Both in nats per token, mean (lowest..highest) over seeds; "more" is
+than the same seed of the table's first arm. Every run must have exported its model (hf_checkpointer).
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from let_composer.cli import told
+from let_composer.comparing import cell, spread
 
 __all__ = ["main"]
 
@@ -40,11 +40,11 @@ def code(tokenizer: str) -> Tensor:
     return torch.tensor(ids[: ROWS * LENGTH]).view(ROWS, LENGTH)
 
 
-def measure(experiment: sweep.DictConfig) -> Iterator[dict[str, object]]:
-    """Each finished run's seed, arm and figures."""
+def measure(experiment: sweep.DictConfig) -> dict[tuple[str, int], dict[str, float]]:
+    """The figures of each finished run, by arm and seed."""
     from llmfoundry.models.mpt import MPTForCausalLM
 
-    runs = Path(experiment.runs)
+    runs, found = Path(experiment.runs), {}
     text = code(sweep.om.load(experiment.base).tokenizer.name)
     shuffled = text.flatten()[torch.randperm(text.numel(), generator=torch.Generator().manual_seed(17))]
     twice = shuffled.view(-1, LENGTH // 2)[:ROWS].repeat(1, 2)
@@ -52,24 +52,29 @@ def measure(experiment: sweep.DictConfig) -> Iterator[dict[str, object]]:
         if job.arm and job.done(runs):
             model = MPTForCausalLM.from_pretrained(runs / "huggingface" / job.name).eval()
             first, second = losses(model, twice).split(LENGTH // 2, dim=1)
-            yield {
-                "arm": job.arm,
-                "seed": job.config.seed,
-                "Python code": losses(model, text).mean().item(),
-                "saved by copying": (first.mean() - second.mean()).item(),
-            }
+            saved = (first.mean() - second.mean()).item()
+            found[job.arm, job.config.seed] = {"Python code": losses(model, text).mean().item(), "copying": saved}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="YAML; the first arm of its first table is the baseline")
+    parser.add_argument("experiment", help="YAML; the first arm of a table is its baseline")
     experiment = sweep.read(parser.parse_args(arguments).experiment)
-    baseline = next(iter(next(iter(experiment.tables.values())).values()))
-    found = pd.DataFrame(measure(experiment)).set_index(["arm", "seed"])
-    more = (found - found.loc[baseline]).groupby("arm", sort=False).mean()
-    table = found.groupby("arm", sort=False).mean().join(more, rsuffix=", more than the baseline's")
-    print(table.assign(seeds=found.groupby("arm").size()).to_markdown(floatfmt=".3f"))
+    found, rows = measure(experiment), []
+    for name, arms in experiment.tables.items():
+        baseline = next(iter(arms.values()))
+        for label, arm in arms.items():
+            seeds = [seed for of, seed in found if of == arm and (baseline, seed) in found]
+            row: dict[str, object] = {"table": name, "arm": label, "seeds": len(seeds)}
+            for probe in ("Python code", "copying"):
+                own = [found[arm, seed][probe] for seed in seeds]
+                more = [value - found[baseline, seed][probe] for value, seed in zip(own, seeds, strict=True)]
+                row[probe] = cell(spread(own), len(seeds), ".3f")
+                row[f"{probe}, more"] = cell(spread(more), len(seeds), "+.3f")
+            rows += [row] * bool(seeds)
+    print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from omegaconf import OmegaConf as om
 from let_composer import comparing
 from let_composer.cli import told
 from let_composer.configuration import read_yaml
-from let_composer.data import replacing
+from let_composer.files import replacing
 from let_composer.names import nearest
 
 __all__ = ["Job", "Row", "against", "draw", "main", "plan", "read", "run", "tables"]
@@ -301,7 +301,7 @@ def _overview(points: list[Row]) -> str:
         "seeds": [row.seeds for row in points],
         "lead of the teacher": ["not trained here" if row.lead is None else f"{row.lead:+.2f}" for row in points],
         "gain in loss": ["-" if row.gain is None else f"{row.gain:+.3f}" for row in points],
-        "tokens to the baseline's final loss": [_cell(row.share, ".0%", row.seeds, "never") for row in points],
+        "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in points],
     }
     return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
 
@@ -312,22 +312,14 @@ def _every_arm(lines: list[Row]) -> str:
         "table": [f"**{row.group}**" if new else "" for row, new in zip(lines, first, strict=True)],
         "arm": [row.arm for row in lines],
         "seeds": [row.seeds for row in lines],
-        "final loss": [_cell(row.loss, ".3f", row.seeds, "not a number") for row in lines],
+        "final loss": [comparing.cell(row.loss, row.seeds, ".3f") for row in lines],
         "gain": ["" if row.gain is None else f"{row.gain:+.3f}" for row in lines],
-        "tokens to the baseline's final loss": [_cell(row.share, ".0%", row.seeds, "never") for row in lines],
+        "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in lines],
         "passes its teacher at": [
-            _cell(row.passes, ".0%", row.seeds, "" if row.lead is None else "never") for row in lines
+            "" if row.lead is None else comparing.cell(row.passes, row.seeds, ".0%") for row in lines
         ],
     }
     return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
-
-
-def _cell(values: dict[str, float] | None, form: str, seeds: int, missing: str) -> str:
-    if values is None:
-        return missing
-    mean, low, high = (format(values[key], form) for key in ("mean", "min", "max"))
-    band = f" ({low}..{high})" if values["min"] != values["max"] else ""
-    return mean + band + ("" if values["n"] == seeds else f", {values['n']:.0f} of {seeds} seeds")
 
 
 def draw(points: list[Row], out: Path) -> None:
@@ -385,8 +377,8 @@ def _conditions() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
     return (
         f"{device}; Python {platform.python_version()}, {versions}; tables made at commit {commit}, "
-        f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max). An arm stands beside the baseline's runs of the "
-        "same seeds; shares are of the tokens of the whole run, gain is in the mean of the final validation losses, in "
+        f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max); - is never. An arm stands beside the baseline's "
+        "runs of the same seeds; shares are of the tokens of the whole run, gain is that of the mean final losses, in "
         "nats per token."
     )
 

@@ -30,7 +30,7 @@ import yaml
 from backports import zstd
 
 from let_composer.cli import told
-from let_composer.data import replacing, write_json
+from let_composer.files import replacing, write_json
 
 __all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "build_tokenizer", "fetch", "train_bpe"]
 
