@@ -16,7 +16,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ from machine import machine, write
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from let_composer import LET
 from let_composer.cli import told
@@ -77,6 +77,15 @@ class _Clock(Callback):
             self.seconds.append(time.perf_counter() - self._start)
 
 
+class _Endless(LET):
+    """Guides although the student has caught up, as it has at once with a teacher of random weights."""
+
+    def report(self, sums: Mapping[str, torch.Tensor], weight: float) -> dict[str, float]:
+        values = super().report(sums, weight)
+        self.ends_early = ""
+        return values
+
+
 def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     """The YAML's student, LET's options with a teacher in ``folder`` of its shape, and the smaller vocabulary."""
     options = (config.get("algorithms") or {}).get("let")
@@ -91,7 +100,7 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     if isinstance(source, str):
         source = AutoConfig.from_pretrained(source)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    AutoModel.from_config(source, torch_dtype=dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(source, torch_dtype=dtype).save_pretrained(folder)
     return model, {**let, "teacher": folder}, min(source.vocab_size, int(model_config["vocab_size"]))
 
 
@@ -110,8 +119,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
         model, options, vocabulary = build(config, folder)
         batch = int(config.global_train_batch_size)
         rows = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
-        # Constant, so that every guided step does the same work.
-        let = LET(**{**options, "stop": f"{steps}ba", "anneal": "constant", "weight": 1.0})
+        let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
         if fsdp is None and torch.cuda.is_available():
             model = model.cuda()
