@@ -16,7 +16,6 @@ __all__ = ["draw", "main"]
 
 YAMLS = ("let_1b4", "let_7b")
 GPUS, GPU, UTILIZATION = 32, "h100", 0.4
-TEACHER = "#c8442a"
 
 
 def draw(plans: list[Plan], out: Path) -> None:
@@ -26,32 +25,26 @@ def draw(plans: list[Plan], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(9.5, 2.6), constrained_layout=True)
-    for row, plan in enumerate(plans):
-        assert plan.hours is not None
-        extra = plan.break_even_tokens / plan.tokens
-        parts = {"student": plan.hours / (1 + extra), "teacher": plan.hours * extra / (1 + extra)}
-        label = f"{plan.hours:.1f} h, of it the teacher {parts['teacher']:.1f} h (+{extra:.1%})"
-        _stack(time, row, parts, label)
-        teacher = sum(size for part, size in plan.memory.items() if "teacher" in part)
-        _stack(memory, row, plan.memory, f"{sum(plan.memory.values()):.0f} GiB, of it the teacher {teacher:.2f} GiB")
-    for axis, title in ((time, f"the whole run on {GPUS} H100, hours"), (memory, "memory of a GPU, GiB")):
-        axis.set_title(f"{title} (computed)", loc="left", fontsize=10)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 2.6), constrained_layout=True)
+    shares = [plan.break_even_tokens / plan.tokens for plan in plans]
+    hours = [(plan.hours or 0.0, share / (1 + share)) for plan, share in zip(plans, shares, strict=True)]
+    sizes = [(sum(plan.memory.values()), plan.memory["teacher"]) for plan in plans]
+    figures = {
+        f"the whole run on {GPUS} H100, hours": [(whole, whole * share) for whole, share in hours],
+        "memory of a GPU, GiB": sizes,
+    }
+    for axis, (title, rows) in zip(axes, figures.items(), strict=True):
+        for row, (whole, teacher) in enumerate(rows):
+            axis.barh(row, whole - teacher, color="#999999", height=0.45)
+            axis.barh(row, teacher, left=whole - teacher, color="#c8442a", height=0.45)
+            axis.text(0, row - 0.28, f" {whole:.1f}, of it the teacher {teacher:.2f}", fontsize=8, va="bottom")
+        axis.set_title(f"{title} (computed; teacher red)", loc="left", fontsize=10)
         axis.set_yticks(range(len(plans)), [f"{plan.run}\n{plan.teacher_name}" for plan in plans], fontsize=8)
         axis.set_ylim(len(plans) - 0.4, -0.7)
         axis.spines[["top", "right"]].set_visible(False)
     with replacing(out) as partial:
         figure.savefig(partial, format="png", dpi=130)
     plt.close(figure)
-
-
-def _stack(axis: object, row: int, parts: dict[str, float], label: str) -> None:
-    left = 0.0
-    for shade, (part, size) in enumerate(sorted(parts.items(), key=lambda item: "teacher" in item[0])):
-        color = TEACHER if "teacher" in part else str(0.45 + 0.4 * shade / max(len(parts) - 1, 1))
-        axis.barh(row, size, left=left, color=color, height=0.45)  # pyright: ignore[reportAttributeAccessIssue]
-        left += size
-    axis.text(0.1, row - 0.28, label, fontsize=8, va="bottom")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def main(arguments: list[str] | None = None) -> None:
