@@ -27,17 +27,18 @@ class RKD(Guidance[RKDOptions]):
     A sibling of :class:`LET`: same events, schedule, teacher, checkpoints and metrics, these under ``kd/``. Beside LET,
     in any order, both terms join with the student's own loss, and a teacher that both name is loaded and run once. What
     a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. Needs no
-    block of the student. The paper's weight and temperature are not on record: tune them.
+    block of the student. The paper's weight and temperature are not on record.
 
     Logs what :class:`LET` logs at the start of a batch, ``kd/loss`` and ``kd/lm_loss``, and ``kd/teacher_share``: the
     share of the teacher in the mixture of both models that predicts the batch's labels best.
 
     Args:
         teacher: As in :class:`LET`.
-        weight: Share of the distillation term, 0 to 1; or ``"auto"``, the share of the teacher in the best mixture of
-            teacher and student on the labels (:func:`stacking_weight`; our choice), which ends the guidance when it
-            falls below 0.05. Default: ``0.5``, our choice.
-        temperature: Of both softmaxes. Default: ``1.0``, our choice.
+        weight: ``"auto"``: the share of the teacher in the best mixture of teacher and student on the labels
+            (:func:`stacking_weight`), which ends the guidance when it falls below 0.05. Or a number, the share of the
+            distillation term, 0 to 1. Default: ``"auto"``, our choice: it did better than the numbers tried
+            (yamls/evidence/evidence.md).
+        temperature: Of both softmaxes; with ``weight: auto`` it is 1. Default: ``1.0``, our choice.
         stop: As in :class:`LET`. Default: ``"1dur"``, the whole run.
         anneal: As in :class:`LET`. Default: ``"constant"``.
         trust_remote_code: As in :class:`LET`.
@@ -53,7 +54,7 @@ class RKD(Guidance[RKDOptions]):
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
-        weight: float | Literal["auto"] = 0.5,
+        weight: float | Literal["auto"] = "auto",
         temperature: float = 1.0,
         stop: str = "1dur",
         anneal: Anneal = "constant",
@@ -138,7 +139,7 @@ class SALT(RKD):
     def __init__(
         self,
         teacher: str = "EleutherAI/pythia-160m",
-        weight: float | Literal["auto"] = 0.5,
+        weight: float | Literal["auto"] = "auto",
         temperature: float = 1.0,
         stop: str = "0.5dur",
         anneal: Anneal = "linear",

@@ -128,12 +128,15 @@ class RKDOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_type("temperature", self.temperature, (int, float), "a number")
-        if self.weight == "auto" and self.temperature != 1:
-            raise ValueError(f"with weight: auto the temperature must be 1, got {self.temperature}. Leave one out.")
-        if self.weight != "auto" and self.weight > 1:
-            raise ValueError(f"weight is the share of the distillation term, from 0 to 1, got {self.weight}.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and greater than 0, got {self.temperature}.")
+        if self.weight == "auto" and self.temperature != 1:
+            raise ValueError(
+                f"with weight: auto, the default, the temperature must be 1, got {self.temperature}. Leave it out, or "
+                "give a number as the weight."
+            )
+        if self.weight != "auto" and self.weight > 1:
+            raise ValueError(f"weight is the share of the distillation term, from 0 to 1, got {self.weight}.")
 
     def projected(self, tokens: int) -> int:
         """All of them."""

@@ -116,5 +116,5 @@ def test_a_rehearsal(tmp_path):
     assert result.returncode == 0, result.stdout + page
     for name in names:
         assert f"## {name}: done" in page
-    assert "loss/loss.png)" in page and "evidence-125m/pretrained.png)" in page and "only a GPU can show" in page
+    assert "loss/loss.png)" in page and "evidence-125m/SmolLM2-135M.png)" in page and "only a GPU can show" in page
     assert "not trained here" in (tmp_path / "report-rehearsal" / "evidence-125m" / "report.md").read_text()

@@ -96,7 +96,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     toy += " global_train_batch_size=2 device_train_microbatch_size=1 device_eval_batch_size=1"
     for loader in ("train_loader", "eval_loader"):
         toy += f" {loader}.dataset.local={out}/toy/shards {loader}.num_workers=1"
-    toy += f" variables.tokenizer={out}/toy/teacher variables.pretrained={out}/toy/teacher --only baseline pretrained-1"
+    toy += f" variables.tokenizer={out}/toy/teacher variables.pretrained={out}/toy/teacher --only baseline pretrained"
     if rehearse:
         found.append(Part("toy-data", [f"{FOLDER}/toy_data.py", str(out / "toy")], 120))
     if rehearse or (ROOT / DATA).exists():  # last: it fills whatever time is left
