@@ -35,7 +35,7 @@ from let_composer.options import read_options
         (LET, {"trust_remote_code": "no"}, TypeError, "trust_remote_code must be true or false"),
         (SALT, {"weight": 1.5}, ValueError, "share of the distillation term, from 0 to 1, got 1.5"),
         (SALT, {"temperature": 0}, ValueError, "temperature must be finite and greater than 0, got 0"),
-        (SALT, {"weight": "auto", "temperature": 2.0}, ValueError, "auto, the default, the temperature must be 1, got 2.0"),
+        (SALT, {"weight": "auto", "temperature": 2.0}, ValueError, "the temperature must be 1, got 2.0"),
         (SALT, {"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
         (SALT, {"resize": "student"}, TypeError, "SALT has no option 'resize'. Its options are teacher, weight"),
         (SALT, {"temprature": 2.0}, TypeError, "no option 'temprature' .did you mean 'temperature'"),
