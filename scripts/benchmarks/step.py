@@ -119,6 +119,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
         model, options, vocabulary = build(config, folder)
         batch = int(config.global_train_batch_size)
         rows = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
+        # Constant, so that every guided step does the same work.
         let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
         if fsdp is None and torch.cuda.is_available():

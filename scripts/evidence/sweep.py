@@ -202,7 +202,7 @@ class Row:
     arm: str  # by its name for people
     seeds: int
     loss: dict[str, float] | None  # at the end
-    gain: float | None  # the baseline's final loss minus the arm's; None for the baseline itself
+    gain: dict[str, float] | None  # the baseline's final loss minus the arm's of the same seed; None for the baseline
     share: dict[str, float] | None  # until the baseline's final loss
     passes: dict[str, float] | None  # until the teacher's final loss
     lead: float | None  # of the teacher: the baseline's final loss minus its own, in nats; None if not trained here
@@ -222,13 +222,15 @@ def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job],
     def share(key: str) -> dict[str, float] | None:
         return reached[key] and {k: v if k == "n" else v / whole["tokens"]["mean"] for k, v in reached[key].items()}
 
-    is_itself, loss = own is baseline, reached["final_loss"]
+    is_itself = own is baseline
+    ends = [[seed["final_loss"] for seed in row["seeds"]] for row in summary["arms"]]
+    gains = [None if end is None else start - end for start, end in zip(*ends, strict=True)]
     return Row(
         group=group,
         arm=arm,
         seeds=len(seeds),
-        loss=loss,
-        gain=None if is_itself or loss is None else summary["baseline_final_loss"] - loss["mean"],
+        loss=reached["final_loss"],
+        gain=None if is_itself else comparing.spread(gains),
         share=comparing.spread([1.0] * len(seeds)) if is_itself else share("tokens_to_baseline_loss"),
         passes=share("tokens_to_teacher_loss"),
         lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"] if teacher else None,
@@ -300,7 +302,7 @@ def _overview(points: list[Row]) -> str:
         "arm": [row.arm for row in points],
         "seeds": [row.seeds for row in points],
         "lead of the teacher": ["not trained here" if row.lead is None else f"{row.lead:+.2f}" for row in points],
-        "gain in loss": ["-" if row.gain is None else f"{row.gain:+.3f}" for row in points],
+        "gain in loss": [comparing.cell(row.gain, row.seeds, "+.3f") for row in points],
         "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in points],
     }
     return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
@@ -313,7 +315,7 @@ def _every_arm(lines: list[Row]) -> str:
         "arm": [row.arm for row in lines],
         "seeds": [row.seeds for row in lines],
         "final loss": [comparing.cell(row.loss, row.seeds, ".3f") for row in lines],
-        "gain": ["" if row.gain is None else f"{row.gain:+.3f}" for row in lines],
+        "gain": ["" if row.gain is None else comparing.cell(row.gain, row.seeds, "+.3f") for row in lines],
         "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in lines],
         "passes its teacher at": [
             "" if row.lead is None else comparing.cell(row.passes, row.seeds, ".0%") for row in lines
@@ -378,8 +380,8 @@ def _conditions() -> str:
     return (
         f"{device}; Python {platform.python_version()}, {versions}; tables made at commit {commit}, "
         f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max); - is never. An arm stands beside the baseline's "
-        "runs of the same seeds; shares are of the tokens of the whole run, gain is that of the mean final losses, in "
-        "nats per token."
+        "runs of the same seeds; shares are of the tokens of the whole run, gains are in final loss against the same "
+        "seed, in nats per token."
     )
 
 
