@@ -3,7 +3,6 @@ trainer.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ __all__ = [
     "RunningMean",
     "histogram",
     "lead_share",
+    "lead_sum",
     "measured",
-    "sampled_loss",
-    "sampling_step",
+    "sampled",
     "stacking_weight",
 ]
 
@@ -107,26 +106,28 @@ def lead_share(nats: float | None) -> float:
     return 1.0 if nats is None else min(max(nats / _WELL_AHEAD, 0.0), 1.0)
 
 
-def sampling_step(tokens: int) -> int:
-    """The distance of the tokens that :func:`sampled_loss` looks at: 1,024 of a microbatch at most."""
-    return max(1, -(-tokens // 1024))
+def sampled(length: int) -> slice:
+    """The positions of a row that :func:`lead_sum` looks at: every eighth, at most 64 of them; at least one.
+
+    By position, so that any cut of a batch into microbatches and ranks looks at the same tokens.
+    """
+    step = max(8, -(-length // 64))
+    return slice(min(step // 2, length - 1), None, step)
 
 
-def sampled_loss(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """A model's cross-entropy on evenly spaced tokens: the sum in nats, and the number of tokens, ``[2]`` in fp32.
+def lead_sum(student: Tensor, teacher: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """How far the teacher is ahead on the same tokens: the sum in nats, and the number of tokens, ``[2]`` in fp32.
 
     Args:
-        project: From hidden states ``[N, D]`` to logits ``[N, V]``.
-        states: ``[B, S, D]``.
+        student: Logits ``[B, S, V_s]``.
+        teacher: Logits ``[B, S, V_t]``.
         targets: The token that is to be predicted at each position, ``[B, S]``.
         mask: Tokens that count, boolean ``[B, S]``.
     """
-    step = sampling_step(mask.numel())
-    logits = project(states.flatten(0, 1)[::step]).float()
-    targets, mask = (x.flatten()[::step] for x in (targets, mask))
-    mask = mask & (targets >= 0) & (targets < logits.shape[-1])
-    loss = F.cross_entropy(logits, torch.where(mask, targets, 0), reduction="none")
-    return torch.stack([torch.where(mask, loss, 0).sum(), mask.sum()])
+    mask = mask & (targets >= 0) & (targets < min(student.shape[-1], teacher.shape[-1]))
+    label = torch.where(mask, targets, 0).flatten()
+    theirs, ours = (F.cross_entropy(x.flatten(0, 1).float(), label, reduction="none") for x in (teacher, student))
+    return torch.stack([torch.where(mask.flatten(), ours - theirs, 0).sum(), mask.sum()])
 
 
 def histogram(ratios: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from let_composer.lifecycle import Lifecycle, OptionsT
 from let_composer.masks import needs_mask
 from let_composer.metrics import BatchSums
-from let_composer.objective import language_model_loss, loss_generating, plus, total
+from let_composer.objective import loss_generating, plus, total
 from let_composer.teacher import Teacher
 
 __all__ = ["Guidance"]
@@ -141,8 +141,8 @@ class Guidance(Lifecycle[OptionsT]):
             )
         self._weight = self.schedule.weight(state.timestamp, self.strength())
         self._needs_mask = needs_mask(batch.get("attention_mask"))  # here the batch is still the host's
-        tokens = batch["input_ids"].numel()
-        head = self._teacher.head_parameters * self.options.projected(tokens) / tokens
+        length = batch["input_ids"].shape[1]
+        head = self._teacher.head_parameters * self.options.projected(length) / length
         teacher = 2 * (self._teacher.parameters + head)
         logger.log_metrics(
             {
@@ -160,7 +160,8 @@ class Guidance(Lifecycle[OptionsT]):
         states, self._states = self._states, None
         assert states is not None
         assert self._teacher is not None
-        self._flops += self._teacher.flops(0, 1, self.options.projected(mask.numel()))  # of the head alone
+        rows, length = mask.shape
+        self._flops += self._teacher.flops(0, 1, rows * self.options.projected(length))  # of the head alone
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 
@@ -184,8 +185,7 @@ class Guidance(Lifecycle[OptionsT]):
             for guidance in (self, *self.others):
                 if isinstance(guidance, Guidance) and guidance.guiding:
                     guidance._loss = state.loss
-        cross_entropy = language_model_loss(self._loss)
-        self._sums.add(lm_loss=self._tokens * total(self._loss), cross_entropy=self._tokens * cross_entropy)
+        self._sums.add(lm_loss=self._tokens * total(self._loss))
         state.loss = plus(state.loss, self.joined(self._term, self._weight, self._loss))
         self.drop_microbatch()
 

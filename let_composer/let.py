@@ -8,9 +8,10 @@ from composer.core import State
 from torch import Tensor, nn
 
 from let_composer.annealing import Anneal
-from let_composer.balance import GradientRatio, RunningMean, lead_share, measured, sampled_loss
+from let_composer.balance import GradientRatio, RunningMean, lead_share, lead_sum, measured, sampled
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment, target_sum
+from let_composer.objective import logits_of
 from let_composer.options import LETOptions, refuse_unknown
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
@@ -201,8 +202,10 @@ class LET(Guidance[LETOptions]):
         )
         if self.options.weight == "auto":
             assert self._teacher is not None
+            chosen = sampled(mask.shape[1])
+            logits = logits_of(state.outputs)[:, chosen].detach(), self._teacher.project(states[:, chosen])
             targets = state.batch["labels"].roll(-1, dims=1)
-            self._sums.add(teacher=sampled_loss(self._teacher.project, states, targets, mask))
+            self._sums.add(lead=lead_sum(*logits, targets[:, chosen], mask[:, chosen]))
         return found.loss
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
@@ -221,7 +224,7 @@ class LET(Guidance[LETOptions]):
         model, term = sums["gradients"].sqrt().tolist()
         if weight:
             self._balance.update(model, term / weight)
-        lead = self._learn_lead(sums, tokens) if self.options.weight == "auto" else {}
+        lead = self._learn_lead(*sums["lead"].tolist()) if self.options.weight == "auto" else {}
         return {
             **lead,
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),
@@ -244,11 +247,10 @@ class LET(Guidance[LETOptions]):
         self._balance.norms = saved["norms"]
         self._lead.value = saved["lead"]
 
-    def _learn_lead(self, sums: Mapping[str, Tensor], tokens: float) -> dict[str, float]:
-        loss, compared = sums["teacher"].tolist()
-        if not (tokens and compared):
+    def _learn_lead(self, nats: float, tokens: float) -> dict[str, float]:
+        if not tokens:
             return {}
-        self._lead.update(lead := float(sums["cross_entropy"]) / tokens - loss / compared)
+        self._lead.update(lead := nats / tokens)
         if lead_share(self._lead.value) == 0:
             self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
         return {"lead": lead}

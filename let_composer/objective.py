@@ -76,6 +76,7 @@ def logits_of(outputs: Any) -> Tensor:
         if isinstance(part, Tensor) and part.dim() == 3:
             return part
     raise ValueError(
-        f"distillation needs the student's logits [B, S, V], but its forward returned {type(outputs).__name__} without "
-        "them. Use a causal language model of llm-foundry or Hugging Face."
+        "expected the student's logits [B, S, V] in what its forward returns, but got "
+        f"{type(outputs).__name__} without them. LET needs none where its weight is a number; RKD, SALT and "
+        "weight: auto compare predictions. Causal language models of llm-foundry and Hugging Face return them."
     )

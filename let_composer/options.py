@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from let_composer.annealing import Anneal, parse_stop
-from let_composer.balance import sampling_step
+from let_composer.balance import sampled
 from let_composer.loss import Implementation, Resize
 from let_composer.names import nearest
 from let_composer.statistics import Normalize
@@ -49,8 +49,8 @@ class Options:
         """Whether the run is not to be guided."""
         return self.weight == 0
 
-    def projected(self, tokens: int) -> int:
-        """How many tokens of a microbatch go through the teacher's LM head; if none do, it is not loaded."""
+    def projected(self, length: int) -> int:
+        """How many positions of a row go through the teacher's LM head; if none do, it is not loaded."""
         raise NotImplementedError
 
     def teacher_arguments(self) -> dict[str, Any]:
@@ -110,9 +110,9 @@ class LETOptions(Options):
                 f"layer. Got teacher_layer {self.teacher_layer}: leave it out, or give a number as the weight."
             )
 
-    def projected(self, tokens: int) -> int:
+    def projected(self, length: int) -> int:
         """A sample, to know the teacher's lead, where the weight sets itself."""
-        return len(range(0, tokens, sampling_step(tokens))) if self.weight == "auto" else 0
+        return len(range(length)[sampled(length)]) if self.weight == "auto" else 0
 
     def teacher_arguments(self) -> dict[str, Any]:
         """What the teacher is loaded with, besides its name and its head."""
@@ -138,9 +138,9 @@ class RKDOptions(Options):
         if self.weight != "auto" and self.weight > 1:
             raise ValueError(f"weight is the share of the distillation term, from 0 to 1, got {self.weight}.")
 
-    def projected(self, tokens: int) -> int:
+    def projected(self, length: int) -> int:
         """All of them."""
-        return tokens
+        return length
 
 
 def read_options(method: Any, arguments: Mapping[str, Any]) -> Options:

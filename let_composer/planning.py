@@ -117,7 +117,7 @@ def make_plan(
         microbatch = batch // gpus if given == "auto" else min(int(given), batch // gpus)
         while True:  # auto halves the microbatch until it fits, as Composer does
             student = count_student(student_model, microbatch, length, fused)
-            projected = max((m.projected(microbatch * context) for m in methods.values()), default=0)
+            projected = microbatch * max((m.projected(context) for m in methods.values()), default=0)
             teacher = count_teacher(body, microbatch, context, projected) if body is not None else None
             parts = memory(config, gpus, student, teacher, placement, microbatch * length, dtype)
             if given != "auto" or microbatch == 1 or fits(sum(parts.values()), hardware and hardware.memory):

@@ -38,5 +38,5 @@ def test_logits_are_found_in_tuples_and_refused_where_there_are_none():
     logits = torch.zeros(2, 3, 5)
     assert logits_of((torch.tensor(1.0), logits)) is logits
     assert logits_of({"logits": logits}) is logits
-    with pytest.raises(ValueError, match="returned tuple without them"):
+    with pytest.raises(ValueError, match="but got tuple without them"):
         logits_of((torch.tensor(1.0),))
