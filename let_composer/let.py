@@ -135,7 +135,7 @@ class LET(Guidance[LETOptions]):
         """Forget the running statistics: a run starts."""
         super().restart()
         self._had_gradient = False
-        self._statistics = FeatureStatistics(self.options.normalize_teacher, self.options.implementation)
+        self._statistics = FeatureStatistics(self.options.normalize_teacher)
         self._balance = GradientRatio()
         self._lead = RunningMean()
 
@@ -192,12 +192,13 @@ class LET(Guidance[LETOptions]):
         student = self._capture.take()
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std(states.device)
-        normalisation = {"teacher_mean": mean, "teacher_std": std, "implementation": self.options.implementation}
-        found = alignment(measured(student, self._sinks[1]), states, mask, resize=self.options.resize, **normalisation)
-        width = student.shape[-1] if self.options.resize == "teacher" else None
+        normalisation = {"teacher_mean": mean, "teacher_std": std}
+        how = {"resize": self.options.resize, "implementation": self.options.implementation}
+        found = alignment(measured(student, self._sinks[1]), states, mask, **normalisation, **how)
+        width = (student if self.options.resize == "teacher" else states).shape[-1]
         self._sums.add(
             usable=found.usable,
-            targets=target_sum(states, mask, width=width, inverse_norm=found.inverse_norm, **normalisation),
+            targets=target_sum(states, found.inverse_norm, width, **normalisation),
             features=self._statistics.sums(states, mask),
         )
         if self.options.weight == "auto":

@@ -1,22 +1,19 @@
 """Running mean and deviation of the teacher's features, over every guided token and rank so far."""
 
-import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from let_composer.loss import Implementation, feature_sums
-
 __all__ = ["FeatureStatistics", "Normalize"]
-
-log = logging.getLogger(__name__)
 
 Normalize = Literal["none", "center", "standardize"]
 
 # A feature that deviates less than this share of the average feature counts as constant; dividing by its deviation
 # would blow up its rounding error.
 _SMALLEST_DEVIATION = 1e-3
+
+_ROWS = 4096  # that are converted at a time
 
 
 class FeatureStatistics:
@@ -27,12 +24,10 @@ class FeatureStatistics:
 
     Args:
         normalize: ``"none"`` keeps nothing, ``"center"`` the mean, ``"standardize"`` mean and deviation.
-        implementation: As in :func:`let_composer.loss.alignment_loss`. Default: ``"auto"``.
     """
 
-    def __init__(self, normalize: Normalize, implementation: Implementation = "auto") -> None:
+    def __init__(self, normalize: Normalize) -> None:
         self.normalize: Normalize = normalize
-        self._implementation: Implementation = implementation
         self._device = torch.device("cpu")
         self._moments: Tensor | None = None  # [3, D] fp64: number of tokens (repeated), mean, sum of squared deviations
 
@@ -62,8 +57,15 @@ class FeatureStatistics:
         """
         if self.normalize == "none":
             return features.new_empty(0)
-        shift = None if self._moments is None else self._moments[1].float()
-        return feature_sums(features, mask, shift, implementation=self._implementation)
+        # The first batch's are summed in fp64: fp32 would cancel where a mean is large beside its deviation.
+        dtype, shift = (torch.float64, 0.0) if self._moments is None else (torch.float32, self._moments[1].float())
+        width = features.shape[-1]
+        total = torch.zeros(1 + 2 * width, dtype=torch.float64, device=features.device)
+        for rows, counted in zip(features.reshape(-1, width).split(_ROWS), mask.reshape(-1).split(_ROWS), strict=True):
+            used = counted & torch.isfinite(rows).all(dim=-1)
+            rows = torch.where(used[:, None], rows.to(dtype) - shift, 0)
+            total = total + torch.cat([used.sum().view(1), rows.sum(dim=0), rows.square().sum(dim=0)])
+        return total
 
     def update(self, sums: Tensor) -> None:
         """Merge one batch (Chan's parallel variance).
@@ -95,12 +97,6 @@ class FeatureStatistics:
         return {"moments": None if self._moments is None else self._moments.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over statistics, if they are kept and were kept; what is not finite starts anew, with a warning."""
-        if self.normalize == "none" or state["moments"] is None:
-            return
-        moments = torch.tensor(state["moments"], dtype=torch.float64)
-        if torch.isfinite(moments).all():
-            moments[2].clamp_(min=0)
-            self._moments = moments
-        else:
-            log.warning("the checkpoint's statistics of the teacher's features are not finite: they start anew.")
+        """Take over statistics, if they are kept and were kept."""
+        if self.normalize != "none" and state["moments"] is not None:
+            self._moments = torch.tensor(state["moments"], dtype=torch.float64)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from let_composer.loss import reference
+from let_composer.loss.reference import target_sum
 
-__all__ = ["Alignment", "Implementation", "Resize", "alignment", "alignment_loss", "feature_sums", "target_sum"]
+__all__ = ["Alignment", "Implementation", "Resize", "alignment", "alignment_loss", "target_sum"]
 
 Resize = Literal["teacher", "student"]
 Implementation = Literal["auto", "triton", "torch"]
@@ -93,100 +94,23 @@ def alignment(
             "Run the teacher under torch.no_grad() or pass teacher.detach()."
         )
     _check_option("resize", resize, Resize)
-    mask = _checked_mask(mask, teacher)
-    _check_statistics(teacher, teacher_mean, teacher_std)
-    function = _implementation(implementation, student, teacher, teacher_mean, teacher_std).alignment
-    return Alignment(*function(student, teacher, mask, teacher_mean, teacher_std, resize))
-
-
-def target_sum(
-    teacher: Tensor,
-    mask: Tensor | None = None,
-    *,
-    width: int | None = None,
-    teacher_mean: Tensor | None = None,
-    teacher_std: Tensor | None = None,
-    inverse_norm: Tensor | None = None,
-    implementation: Implementation = "auto",
-) -> Tensor:
-    """Sum of the unit target vectors, the diagnostic beside the cosine.
-
-    ``|target_sum| / number of tokens`` is the best mean cosine that one constant vector reaches against these targets.
-
-    Args:
-        teacher: Hidden states of the teacher, ``[..., D_t]``.
-        mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
-        width: The width in which cosines are taken: ``D_s`` when the teacher is resized. Default: ``None``, ``D_t``.
-        teacher_mean: As in :func:`alignment_loss`. Default: ``None``.
-        teacher_std: As in :func:`alignment_loss`. Default: ``None``.
-        inverse_norm: Of :func:`alignment` for the same teacher, mask and statistics, taken in ``width``; saves a pass
-            over the states. Default: ``None``, found here.
-        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
-
-    Returns:
-        ``[width]`` in fp32 (fp64 for fp64 inputs), without a gradient.
-    """
-    mask = _checked_mask(mask, teacher)
-    _check_statistics(teacher, teacher_mean, teacher_std)
-    if inverse_norm is not None and inverse_norm.shape != teacher.shape[:-1]:
-        raise ValueError(
-            f"inverse_norm must have shape {list(teacher.shape[:-1])}, one value per token, got "
-            f"{list(inverse_norm.shape)}."
-        )
-    teacher = teacher.detach()
-    width = teacher.shape[-1] if width is None else width
-    chosen = _implementation(implementation, teacher, teacher_mean, teacher_std)
-    if inverse_norm is None:
-        student = teacher.new_zeros(width).expand(*mask.shape, width)  # any will do
-        inverse_norm = chosen.alignment(student, teacher, mask, teacher_mean, teacher_std, "teacher")[2]
-    return chosen.target_sum(teacher, inverse_norm, width, teacher_mean, teacher_std)
-
-
-def feature_sums(
-    teacher: Tensor,
-    mask: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    implementation: Implementation = "auto",
-) -> Tensor:
-    """Count, sums and sums of squares of every feature, for a running mean and deviation.
-
-    Args:
-        teacher: Hidden states of the teacher, ``[..., D_t]``. Rows that are not finite are left out.
-        mask: The tokens that count, boolean ``[...]``. Default: ``None``, all of them.
-        shift: Subtracted from every row first, ``[D_t]``; near the mean it keeps the sums small. Default: ``None``.
-        implementation: As in :func:`alignment_loss`. Default: ``"auto"``.
-
-    Returns:
-        ``[1 + 2 * D_t]`` in fp64, without a gradient: the number of rows, ``sum(t - shift)``, ``sum((t - shift)^2)``.
-        Without a shift the kernels sum around a row of the batch and move the result in fp64, so that a deviation
-        that is small beside the mean survives.
-    """
-    mask = _checked_mask(mask, teacher)
-    _check_statistics(teacher, shift, None)
-    return _implementation(implementation, teacher, shift).feature_sums(teacher.detach(), mask, shift)
-
-
-def _check_option(name: str, value: str, options: object) -> None:
-    if value not in get_args(options):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}.")
-
-
-def _checked_mask(mask: Tensor | None, teacher: Tensor) -> Tensor:
     if mask is None:
-        return torch.ones(teacher.shape[:-1], dtype=torch.bool, device=teacher.device)
+        mask = torch.ones(teacher.shape[:-1], dtype=torch.bool, device=teacher.device)
     if mask.shape != teacher.shape[:-1] or mask.dtype != torch.bool:
         raise ValueError(
             f"mask must be a boolean tensor of shape {list(teacher.shape[:-1])}, one value per token, got {mask.dtype} "
             f"of shape {list(mask.shape)}."
         )
-    return mask
-
-
-def _check_statistics(teacher: Tensor, mean: Tensor | None, std: Tensor | None) -> None:
-    for name, value in (("teacher_mean", mean), ("teacher_std", std)):
+    for name, value in (("teacher_mean", teacher_mean), ("teacher_std", teacher_std)):
         if value is not None and value.shape != teacher.shape[-1:]:
             raise ValueError(f"{name} must have shape {list(teacher.shape[-1:])}, got {list(value.shape)}.")
+    function = _implementation(implementation, student, teacher, teacher_mean, teacher_std).alignment
+    return Alignment(*function(student, teacher, mask, teacher_mean, teacher_std, resize))
+
+
+def _check_option(name: str, value: str, options: object) -> None:
+    if value not in get_args(options):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}.")
 
 
 def _implementation(name: str, *inputs: Tensor | None):

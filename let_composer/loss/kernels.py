@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from let_composer.loss.reference import EPSILON, resize_features
+from let_composer.loss.reference import EPSILON
 
-__all__ = ["INTERPRETED", "MAX_WIDTH", "alignment", "feature_sums", "target_sum", "try_kernels", "unsupported"]
+__all__ = ["INTERPRETED", "MAX_WIDTH", "alignment", "try_kernels", "unsupported"]
 
 MAX_WIDTH = 16384
-MEAN_BLOCK, MEAN_WARPS = 4096, 16
-SUMS_TILE = 1024  # elements of a tile of four warps: a 128-bit load of each thread in bf16
 
 # A program holds a tile [M, V] of R rows: M = R * G groups, V neighbouring columns that one thread moves in one 128-bit
 # access. N tokens, D the width in which cosines are taken; the other side is resized to it.
@@ -126,24 +124,6 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _mean_kernel(saved, mask, loss, counts, tokens, BLOCK: tl.constexpr):
-    # One program adds up in a fixed order: deterministic without atomics.
-    index = tl.arange(0, BLOCK)
-    cosines = tl.zeros([BLOCK], tl.float32)
-    counted = tl.zeros([BLOCK], tl.int32)
-    usable = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, tokens, BLOCK):
-        inside = index < tokens - first
-        cosines += tl.load(saved + first + index, mask=inside, other=0.0)
-        usable += (tl.load(saved + tokens.to(tl.int64) + first + index, mask=inside, other=0.0) > 0).to(tl.int32)
-        counted += tl.load(mask + first + index, mask=inside, other=0).to(tl.int32)
-    total = tl.sum(counted, axis=0)
-    tl.store(loss, -tl.div_rn(tl.sum(cosines, axis=0), tl.maximum(total, 1).to(tl.float32)))
-    tl.store(counts, total)
-    tl.store(counts + 1, tl.sum(usable, axis=0))
-
-
-@triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
     grad, student, teacher, mean, std, saved, counts,
     out,  # [N, STUDENT], contiguous
@@ -191,32 +171,6 @@ def _backward_kernel(
     columns = groups * V + tl.arange(0, V)[None, :]
     out += rows * STUDENT + columns
     tl.store(out, ds.to(out.dtype.element_ty), mask=(rows < tokens) & (columns < STUDENT))
-
-
-@triton.jit(do_not_specialize=["tokens", "steps"])
-def _sums_kernel(
-    rows, weights, shift,
-    partial,  # out [programs, 2, WIDTH]: of w (x - shift) and of w (x - shift)^2
-    tokens, steps, stride,
-    WIDTH: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * C + tl.arange(0, C)[None, :]
-    origin = tl.zeros([1, C], tl.float32)
-    if shift is not None:
-        origin = tl.load(shift + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    sums = tl.zeros([R, C], tl.float32)
-    squares = tl.zeros([R, C], tl.float32)
-    for step in range(steps):
-        index = (program * steps + step) * R + tl.arange(0, R)[:, None]
-        weight = tl.load(weights + index, mask=index < tokens, other=0.0)
-        inside = (weight > 0) & (columns < WIDTH)
-        x = tl.load(rows + index * stride + columns, mask=inside, other=0.0).to(tl.float32) - origin
-        sums += weight * x
-        squares += weight * x * x
-    partial += program * (2 * WIDTH) + columns
-    tl.store(partial, tl.sum(sums, axis=0)[None, :], mask=columns < WIDTH)
-    tl.store(partial + WIDTH, tl.sum(squares, axis=0)[None, :], mask=columns < WIDTH)
 
 
 @dataclass(frozen=True)
@@ -318,7 +272,6 @@ def try_kernels() -> None:
         mask = states[:, 0] > 0
         loss, saved, counts = _forward(states, states, mask, None, None, False)
         _backward(loss, states, states, None, None, saved, counts, False)
-        _sums(states, saved[2], None)
 
 
 @torch.library.custom_op("let_composer::alignment_loss", mutates_args=())
@@ -326,34 +279,27 @@ def _forward(
     student: Tensor, teacher: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, resize_student: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = mask.numel()
-    loss, saved, counts = _empty(student, tokens)
+    saved = student.new_empty(3, tokens, dtype=torch.float32)  # cosine, 1/|s|, 1/|t|
     direct = teacher if resize_student else student
     p = plan("forward", student.shape[-1], teacher.shape[-1], resize_student, direct.element_size())
     student, student_stride = _rows(student)
     teacher, teacher_stride = _rows(teacher)
     mask = mask.contiguous()
-    with torch.cuda.device_of(student):
-        if tokens:
+    if tokens:
+        with torch.cuda.device_of(student):
             _forward_kernel[(tokens,)](
                 student, teacher, mask, mean, std, saved, tokens, student_stride, teacher_stride,
                 STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=direct.shape[-1], WINDOW=p.window,
                 TILES=p.tiles, G=p.G, V=p.V, EPSILON=EPSILON, num_warps=p.num_warps,
             )  # fmt: skip
-        _mean_kernel[(1,)](saved, mask, loss, counts, tokens, BLOCK=MEAN_BLOCK, num_warps=MEAN_WARPS)
-    return loss, saved, counts
-
-
-def _empty(student: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        student.new_empty((), dtype=torch.float32),
-        student.new_empty(3, tokens, dtype=torch.float32),  # cosine, 1/|s|, 1/|t|
-        student.new_empty(2, dtype=torch.int32),  # tokens of the mask, and those with a direction on both sides
-    )
+    counts = torch.stack([mask.sum(), (saved[1] > 0).sum()])  # of the mask, and with a direction on both sides
+    return -saved[0].sum() / counts[0].clamp(min=1), saved, counts
 
 
 @_forward.register_fake
 def _(student, teacher, mask, mean, std, resize_student):
-    return _empty(student, mask.numel())
+    shapes = {torch.float32: ((), (3, mask.numel())), torch.int64: ((2,),)}
+    return tuple(student.new_empty(shape, dtype=dtype) for dtype in shapes for shape in shapes[dtype])
 
 
 @torch.library.custom_op("let_composer::alignment_loss_backward", mutates_args=())
@@ -398,56 +344,9 @@ def _differentiate(ctx, grad, *_):
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-@torch.library.custom_op("let_composer::weighted_sums", mutates_args=())
-def _sums(rows: Tensor, weights: Tensor, shift: Tensor | None) -> Tensor:
-    """Sums over rows of w (x - shift) and w (x - shift)^2, ``[2, D]`` in fp64; weights are fp32 and not negative."""
-    rows, stride = _rows(rows)
-    tokens, width = rows.shape
-    C = min(triton.next_power_of_2(width), SUMS_TILE // 4)
-    R = SUMS_TILE // C
-    # At most 512 partial sums, whatever the device: the order of additions depends on the shape alone.
-    steps = triton.cdiv(max(triton.cdiv(tokens, 512), 64), R)
-    partial = rows.new_empty(triton.cdiv(tokens, steps * R), 2, width, dtype=torch.float32)
-    if tokens:
-        with torch.cuda.device_of(rows):
-            _sums_kernel[(partial.shape[0], triton.cdiv(width, C))](
-                rows, weights.contiguous(), shift, partial, tokens, steps, stride,
-                WIDTH=width, R=R, C=C, num_warps=4,
-            )  # fmt: skip
-    return partial.sum(dim=0, dtype=torch.float64)
-
-
-@_sums.register_fake
-def _(rows, weights, shift):
-    return rows.new_empty(2, rows.shape[-1], dtype=torch.float64)
-
-
 def alignment(
     student: Tensor, teacher: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None, resize: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`let_composer.loss.reference.alignment` in one pass over the states, in fp32."""
     loss, saved, counts = _forward(student, teacher, mask, mean, std, resize == "student")
     return loss, counts[1], saved[2].view(mask.shape)
-
-
-def target_sum(teacher: Tensor, inverse_norm: Tensor, width: int, mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """:func:`let_composer.loss.reference.target_sum` in one pass over the teacher's states."""
-    total = _sums(teacher, inverse_norm.flatten(), mean)[0]
-    return resize_features(total if std is None else total / std, width).float()
-
-
-def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
-    """:func:`let_composer.loss.reference.feature_sums` in two passes over the teacher's states."""
-    used = mask & torch.isfinite(torch.linalg.vector_norm(teacher, torch.inf, dim=-1))  # no temporary of [N, D]
-    used = used.flatten()
-    origin = shift
-    if origin is None:  # a row that counts is near the mean: squares of the difference do not cancel in fp32
-        rows = teacher.reshape(-1, teacher.shape[-1])
-        origin = rows.index_select(0, used.int().argmax().view(1))[0].nan_to_num(0, 0, 0) if len(rows) else rows.sum(0)
-    sums, squares = _sums(teacher, used.float(), origin)
-    count = used.sum().double()
-    if shift is None:
-        origin = origin.double()
-        squares = squares + 2 * origin * sums + count * origin.square()
-        sums = sums + count * origin
-    return torch.cat([count.view(1), sums, squares])

@@ -2,19 +2,17 @@
 the benchmarks. Where a kernel differs from this file, the kernel is wrong.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "LARGEST", "alignment", "feature_sums", "resize_features", "target_sum"]
+__all__ = ["EPSILON", "LARGEST", "alignment", "resize_features", "target_sum"]
 
 # A row shorter than this has no direction: its cosine is 0 and it passes no gradient. (torch's cosine_similarity would
 # hand a zero row a gradient of 1e8.) Neither has a row as long as LARGEST, whose squares overflow in fp32.
 EPSILON = 1e-6
 LARGEST = 2.0**64
 
-_ROWS = 1024  # that feature_sums converts at a time
+_ROWS = 4096  # that target_sum converts at a time
 
 
 def alignment(
@@ -52,54 +50,37 @@ def target_sum(
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the unit target vectors, ``[width]``, from the inverse norms that :func:`alignment` found.
+    """Sum of the unit target vectors, ``[width]``, without a gradient.
 
     Its norm divided by the number of tokens is the best mean cosine that one constant vector can reach: what a student
     scores without any information about the token.
+
+    Args:
+        teacher: Hidden states of the teacher, ``[..., D_t]``.
+        inverse_norm: What :func:`alignment` found for them, ``[...]``.
+        width: In which cosines are taken: the student's, or where that is resized the teacher's.
+        teacher_mean: As in :func:`alignment`.
+        teacher_std: As in :func:`alignment`.
     """
-    target = _normalize(teacher, teacher_mean, teacher_std, _arithmetic(teacher))
-    inverse_norm = inverse_norm.unsqueeze(-1)
-    units = torch.where(inverse_norm > 0, target * inverse_norm, 0)
-    return resize_features(units.reshape(-1, teacher.shape[-1]).sum(dim=0), width)  # resizing is linear
-
-
-def feature_sums(teacher: Tensor, mask: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Count, sums and sums of squares around ``shift``; see :func:`let_composer.loss.feature_sums`.
-
-    Without a shift the arithmetic is fp64, since fp32 would cancel where a mean is large beside its deviation.
-    """
-    width = teacher.shape[-1]
-    dtype, origin = (torch.float64, 0.0) if shift is None else (torch.float32, shift.float())
-    total = torch.zeros(1 + 2 * width, dtype=torch.float64, device=teacher.device)
-    for rows, counted in zip(teacher.reshape(-1, width).split(_ROWS), mask.reshape(-1).split(_ROWS), strict=True):
-        used = counted & torch.isfinite(rows).all(dim=-1)
-        rows = torch.where(used[:, None], rows.to(dtype) - origin, 0)
-        total = total + torch.cat([used.sum().view(1), rows.sum(dim=0), rows.square().sum(dim=0)])
-    return total
+    dtype = _arithmetic(teacher)
+    total = torch.zeros(teacher.shape[-1], dtype=dtype, device=teacher.device)
+    rows, inverse = teacher.detach().reshape(-1, len(total)), inverse_norm.reshape(-1, 1)
+    for part, scale in zip(rows.split(_ROWS), inverse.split(_ROWS), strict=True):
+        target = _normalize(part, teacher_mean, teacher_std, dtype)
+        total = total + torch.where(scale > 0, target * scale, 0).sum(dim=0)
+    return resize_features(total, width)  # resizing is linear
 
 
 def resize_features(features: Tensor, width: int) -> Tensor:
     """Linear interpolation of the last dimension to ``width``, half-pixel centres (``align_corners=False``).
 
-    Both directions gather, so the gradient is the same in every run. (torch's own ``interpolate`` adds it up with
-    atomics on CUDA, and is slow there for rows that are short beside their number.)
+    torch's own ``interpolate`` has coordinates in the type of the features, and is slow for rows that are short beside
+    their number.
     """
-    return features if features.shape[-1] == width else _Resize.apply(features, width)  # pyright: ignore
-
-
-class _Resize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, width: int) -> Tensor:
-        ctx.source = features.shape[-1]
-        low, high, fraction = _taps(ctx.source, width, features)
-        return torch.lerp(features.index_select(-1, low), features.index_select(-1, high), fraction)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        low, high, fraction = _taps(ctx.source, gradient.shape[-1], gradient)
-        from_high = gradient * fraction
-        return _gather_back(gradient - from_high, low, ctx.source) + _gather_back(from_high, high, ctx.source), None
+    if features.shape[-1] == width:
+        return features
+    low, high, fraction = _taps(features.shape[-1], width, features)
+    return torch.lerp(features.index_select(-1, low), features.index_select(-1, high), fraction)
 
 
 def _taps(source: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,19 +90,6 @@ def _taps(source: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor
     low = numerator // (2 * width)
     fraction = (numerator - low * (2 * width)).to(like.dtype) / (2 * width)
     return low, (low + 1).clamp(max=source - 1), fraction
-
-
-def _gather_back(gradient: Tensor, index: Tensor, source: int) -> Tensor:
-    """Sum for each input over the outputs that read it; ``index`` ascends, so these are neighbours."""
-    width = gradient.shape[-1]
-    inputs = torch.arange(source, device=gradient.device)
-    most = 3 * width // (2 * source) + 2  # outputs of one input, half more at an edge
-    outputs = torch.searchsorted(index, inputs)[:, None] + torch.arange(most, device=gradient.device)
-    inside = outputs < width
-    outputs = outputs.clamp(max=width - 1)
-    inside &= index[outputs] == inputs[:, None]
-    gathered = gradient.index_select(-1, outputs.flatten()).unflatten(-1, (source, most))
-    return torch.where(inside, gathered, 0).sum(dim=-1)
 
 
 def _arithmetic(*inputs: Tensor) -> torch.dtype:

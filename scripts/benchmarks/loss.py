@@ -35,12 +35,12 @@ from machine import machine, write
 from torch._functorch import config as functorch
 
 from let_composer.cli import told
-from let_composer.loss import Implementation, Resize, alignment, reference, target_sum
+from let_composer.loss import Implementation, Resize, alignment, reference
 
 PAIRS = ["2048/768", "4096/2048", "2048/2048", "2048/576", "768/128"]  # student/teacher width
 TOKENS = [8192, 65536, 16384]
 METHODS = ["ours", "eager", "compiled"]  # our kernels, the reference, torch.compile of the reference
-PASSES = ("forward", "backward", "target_sum")
+PASSES = ("forward", "backward")
 
 
 # --- the compile report: what ptxas makes of the kernels, no GPU needed ---
@@ -92,7 +92,6 @@ def compile_report(
                 arguments = (student, teacher, torch.ones(64, dtype=torch.bool), mean, mean)
                 loss, saved, counts = kernels._forward(*arguments, resize == "student")
                 kernels._backward(loss, student, teacher, mean, mean, saved, counts, resize == "student")
-                kernels._sums(teacher, saved[2], mean)
             for kernel, compiled in found:
                 if compiled.hash in rows:  # the same for other widths or the other side
                     continue
@@ -104,7 +103,7 @@ def compile_report(
                     "student": dtype,
                     "normalized": normalized,
                     "sm": sm,
-                    "tile": "x".join(str(constants[name]) for name in ("R", "G", "V", "C") if name in constants),
+                    "tile": "x".join(str(constants[name]) for name in ("R", "G", "V") if name in constants),
                     "warps": compiled.metadata.num_warps,
                     **_inspect(compiled),
                 }
@@ -239,16 +238,10 @@ def measure(name: str, function: Callable, states: tuple[Any, ...], options: arg
         "forward": lambda: function(*states),
         "backward": lambda: torch.autograd.grad(found[0], student, retain_graph=True),
     }
-    if name != "compiled":
-        options_of = {"teacher_mean": mean, "teacher_std": mean, "inverse_norm": found[2]}
-        width = student.shape[-1] if options.resize == "teacher" else teacher.shape[-1]
-        how = options.implementation if name == "ours" else "torch"
-        steps["target_sum"] = lambda: target_sum(teacher, mask, width=width, implementation=how, **options_of)
     student_bytes, teacher_bytes = (states.shape[-1] * states.element_size() for states in (student, teacher))
     compulsory = {
         "forward": student_bytes + teacher_bytes + 1 + 12,  # states, mask, what is saved
         "backward": 2 * student_bytes + teacher_bytes + 12,  # states and gradient, what was saved
-        "target_sum": teacher_bytes + 4,
     }
     rows = []
     for which, step in steps.items():
@@ -298,7 +291,7 @@ def draw(report: dict, path: Path) -> None:
     pairs = list(found.pair.unique())
     size = (3 * len(pairs) + 1, 6)
     figure, panels = pyplot.subplots(2, len(pairs), figsize=size, sharex=True, sharey=True, squeeze=False)
-    for (i, which), (j, pair) in itertools.product(enumerate(PASSES[:2]), enumerate(pairs)):
+    for (i, which), (j, pair) in itertools.product(enumerate(PASSES), enumerate(pairs)):
         rows = found[(found.pair == pair) & (found["pass"] == which)]
         shares = rows.pivot(index="tokens", columns="method", values="share")
         shares.plot(ax=panels[i][j], marker="o", logx=True, legend=(i, pair) == (0, pairs[-1]))
