@@ -4,6 +4,7 @@ What is exported is loaded on first use: ``from let_composer import alignment_lo
 a GPU, and the ``let-composer`` command starts at once.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,17 +16,10 @@ __all__ = ["LET", "RKD", "SALT", "alignment_loss"]
 __version__ = "0.1.0"
 
 
+_ROOMS = {"LET": "let", "RKD": "distillation", "SALT": "distillation", "alignment_loss": "loss"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LET":
-        from let_composer.let import LET
-
-        return LET
-    if name == "alignment_loss":
-        from let_composer.loss import alignment_loss
-
-        return alignment_loss
-    if name in ("RKD", "SALT"):
-        from let_composer import distillation
-
-        return getattr(distillation, name)
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"let_composer.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -89,12 +89,11 @@ def read_methods(config: DictConfig) -> dict[str, "Options"]:
         ValueError: For an option that is unknown, of another type or out of range.
     """
     from let_composer import LET, RKD, SALT
-    from let_composer.options import read_options
 
     given: Any = om.to_container(config.get("algorithms") or om.create(), resolve=True)
     methods = {"let": LET, "rkd": RKD, "salt": SALT}
     try:
-        return {name: read_options(methods[name], given[name]) for name in given if name in methods}
+        return {name: methods[name](**given[name]).options for name in given if name in methods}
     except TypeError as error:
         raise ValueError(str(error)) from error
 

@@ -11,8 +11,9 @@ from let_composer.annealing import Anneal
 from let_composer.balance import RunningMean, stacking_weight
 from let_composer.guidance import Guidance
 from let_composer.loss.distillation import compare_logits
+from let_composer.names import refuse_unknown
 from let_composer.objective import language_model_loss, logits_of
-from let_composer.options import RKDOptions, refuse_unknown
+from let_composer.options import RKDOptions
 
 __all__ = ["RKD", "SALT"]
 
@@ -61,7 +62,7 @@ class RKD(Guidance[RKDOptions]):
         trust_remote_code: bool = False,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
+        refuse_unknown(type(self).__name__, unknown, RKDOptions.__dataclass_fields__)
         super().__init__(
             RKDOptions(
                 teacher=teacher,
@@ -107,7 +108,8 @@ class RKD(Guidance[RKDOptions]):
         """The teacher's share in the best mixture; with ``weight: auto`` it ends the guidance when it is small."""
         self._share.update(share := stacking_weight(sums["counts"]))
         if self.options.weight == "auto" and self.strength() < _NOTHING_LEFT:
-            self.ends_early = f"the teacher's share in the best mixture of both models has fallen to {share:.3f}"
+            running = self.strength()
+            self.ends_early = f"the teacher's share in the best mixture of both models has fallen to {running:.3f}"
         return {"teacher_share": share}
 
     def saved(self) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from let_composer.annealing import Anneal
 from let_composer.balance import GradientRatio, RunningMean, lead_share, lead_sum, measured, sampled
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment, target_sum
+from let_composer.names import refuse_unknown
 from let_composer.objective import logits_of
-from let_composer.options import LETOptions, refuse_unknown
+from let_composer.options import LETOptions
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
 from let_composer.teacher import Placement
@@ -30,7 +31,7 @@ class LET(Guidance[LETOptions]):
     ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term) and ``BATCH_END`` (metrics; when the
     weight has reached zero, free the teacher). After that nothing runs, unless ``FIT_START`` finds that the clock was
     reset: then the guidance starts anew. With ``weight: 0`` no event is matched at all. A guided step costs the
-    teacher's forward without its LM head. It adds no synchronisation with the host before ``BATCH_END``, where Composer
+    teacher's forward. It adds no synchronisation with the host before ``BATCH_END``, where Composer
     has had one already, but for teachers that :mod:`let_composer.teacher` names.
 
     The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
@@ -51,10 +52,10 @@ class LET(Guidance[LETOptions]):
             layer; after the norm is our choice).
         weight: ``"auto"``: the term's gradient at the guided block is as long as that of the student's loss
             (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:func:`lead_share`).
-            Once it has caught up the guidance ends. Needs the teacher's LM head, for 1,024 tokens of a microbatch. Or a
-            number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best at 1.4B is 0.1.
-            Default: ``"auto"``, our choice: it gained as much as the best number tried. An untrained teacher cost
-            nothing, one overtaken early 0.011 nats (yamls/evidence/evidence.md).
+            Once it has caught up the guidance ends. Needs the teacher's LM head, for every eighth token of a row, at
+            most 64. Or a number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best
+            at 1.4B is 0.1. Default: ``"auto"``, our choice: it gained as much as the best number tried. An untrained
+            teacher cost nothing, one overtaken early 0.011 nats (yamls/evidence/evidence.md).
         stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once
             and kept in checkpoints, until the clock is reset. Past ``max_duration`` it warns. Default: ``"0.5dur"``,
             our choice, the paper is silent; an earlier one saved less with 0.64M students (yamls/evidence/evidence.md).
@@ -73,25 +74,14 @@ class LET(Guidance[LETOptions]):
             ``"auto"``.
         trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
 
-    Logs, exact over microbatches and ranks, at the start of a batch: ``let/weight``, ``let/active`` and
-    ``let/teacher_flops_share`` (the teacher's share of a guided step's matmul FLOPs). At its end, as means over tokens
-    also where Composer weights microbatches by samples:
-
-    - ``let/loss``: the term, unweighted.
-    - ``let/lm_loss``: the student's loss before the term is added.
-    - ``let/cosine`` and ``let/constant_cosine``: the cosine, and what the best constant vector would score.
-    - ``let/usable``: the share of tokens whose hidden states had a direction on both sides; warns once when it is low.
-    - ``let/lead``, with ``weight: auto``: the student's loss less the teacher's, in nats.
-    - ``let/gradient_ratio``: at the guided block, length of the weighted term's gradient over that of the student's
-      loss.
-
-    Once, ``let/memory_returned_mib``. :class:`let_composer.throughput.GuidedThroughput` logs throughput with the
-    teacher's FLOPs.
+    Logs under ``let/``, exact over microbatches and ranks, what the table "Metrics" of let_composer/README.md explains:
+    weight, ``active`` and the teacher's share of the FLOPs at the start of a batch, means over tokens at its end.
+    :class:`let_composer.throughput.GuidedThroughput` logs throughput with the teacher's FLOPs.
 
     Raises:
-        TypeError: For an unknown or wrongly typed argument.
-        ValueError: For a value out of range; at ``AFTER_LOAD`` or ``FIT_START`` for one that does not fit the run, at
-            ``BATCH_START`` for batches without ``input_ids`` and ``labels``.
+        TypeError: For an argument of another type.
+        ValueError: For an unknown argument or a value out of range; at ``AFTER_LOAD`` or ``FIT_START`` for one that
+            does not fit the run, at ``BATCH_START`` for batches without ``input_ids`` and ``labels``.
     """
 
     options_type = LETOptions
@@ -112,7 +102,7 @@ class LET(Guidance[LETOptions]):
         trust_remote_code: bool = False,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
+        refuse_unknown(type(self).__name__, unknown, LETOptions.__dataclass_fields__)
         self._capture: Capture | None = None
         self._sinks: list[Tensor] = []
         super().__init__(
@@ -143,12 +133,6 @@ class LET(Guidance[LETOptions]):
         """Find the guided block and listen to its output; returns its dotted path."""
         super().attach(model, device)
         path, block = resolve_layer(model, self.options.student_layer)
-        if _frozen_up_to(model, block):
-            raise ValueError(
-                f"expected something to train up to {path} (student_layer {self.options.student_layer}), but all "
-                "parameters there are frozen: the guidance would change nothing. Unfreeze them, choose a later layer, "
-                "or remove LET."
-            )
         example = torch.zeros(1, 8, device=device)
         alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
         self._capture = Capture(block)
@@ -192,13 +176,12 @@ class LET(Guidance[LETOptions]):
         student = self._capture.take()
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std(states.device)
-        normalisation = {"teacher_mean": mean, "teacher_std": std}
-        how = {"resize": self.options.resize, "implementation": self.options.implementation}
-        found = alignment(measured(student, self._sinks[1]), states, mask, **normalisation, **how)
-        width = (student if self.options.resize == "teacher" else states).shape[-1]
+        resize, implementation = self.options.resize, self.options.implementation
+        found = alignment(measured(student, self._sinks[1]), states, mask, mean, std, resize, implementation)
+        width = (student if resize == "teacher" else states).shape[-1]
         self._sums.add(
             usable=found.usable,
-            targets=target_sum(states, found.inverse_norm, width, **normalisation),
+            targets=target_sum(states, found.inverse_norm, width, mean, std),
             features=self._statistics.sums(states, mask),
         )
         if self.options.weight == "auto":
@@ -264,18 +247,7 @@ class LET(Guidance[LETOptions]):
         else:
             raise RuntimeError(
                 f"expected the hidden states of student_layer {self.options.student_layer} to carry a gradient, but "
-                "they come out without one, as from re-entrant checkpointing of the model's own "
-                "(gradient_checkpointing_enable). Use Composer's activation checkpointing, or use_reentrant: false."
+                "they come out without one. If all parameters up to there are frozen, unfreeze some, choose a later "
+                "layer or remove LET. If the model checkpoints itself re-entrantly (gradient_checkpointing_enable), "
+                "use Composer's activation checkpointing, or use_reentrant: false."
             )
-
-
-def _frozen_up_to(model: nn.Module, block: nn.Module) -> bool:
-    """Whether nothing is trained in the modules that are registered before ``block`` or in it."""
-    inside = set(block.modules())
-    for module in model.modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            return False
-        inside.discard(module)
-        if not inside:
-            return True
-    return False

@@ -1,18 +1,16 @@
-"""The options of the methods, checked as soon as they are read. Planning reads them without building an algorithm."""
+"""The options of the methods, checked as soon as they are read."""
 
 import dataclasses
-import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from let_composer.annealing import Anneal, parse_stop
 from let_composer.balance import sampled
 from let_composer.loss import Implementation, Resize
-from let_composer.names import nearest
 from let_composer.statistics import Normalize
 from let_composer.teacher import Placement
 
-__all__ = ["LETOptions", "Options", "RKDOptions", "read_options", "refuse_unknown"]
+__all__ = ["LETOptions", "Options", "RKDOptions"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,6 @@ class Options:
     anneal: Anneal
     trust_remote_code: bool
 
-    _choices: ClassVar[Mapping[str, Any]] = {"anneal": Anneal}
     _unimportant: ClassVar[frozenset[str]] = frozenset({"trust_remote_code"})  # may differ in a resumed run
 
     def __post_init__(self) -> None:
@@ -40,9 +37,9 @@ class Options:
         if self.weight != "auto" and not 0 <= self.weight < float("inf"):
             raise ValueError(f"weight must be finite and not negative, got {self.weight}. The paper's value is 0.1.")
         parse_stop(self.stop)
-        for name, options in self._choices.items():
-            if (value := getattr(self, name)) not in get_args(options):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}.")
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
 
     @property
     def off(self) -> bool:
@@ -86,13 +83,6 @@ class LETOptions(Options):
     placement: Placement
     implementation: Implementation
 
-    _choices: ClassVar[Mapping[str, Any]] = {
-        **Options._choices,
-        "resize": Resize,
-        "normalize_teacher": Normalize,
-        "placement": Placement,
-        "implementation": Implementation,
-    }
     _unimportant: ClassVar[frozenset[str]] = Options._unimportant | {"placement", "implementation"}
 
     def __post_init__(self) -> None:
@@ -141,39 +131,6 @@ class RKDOptions(Options):
     def projected(self, length: int) -> int:
         """All of them."""
         return length
-
-
-def read_options(method: Any, arguments: Mapping[str, Any]) -> Options:
-    """The options that ``method(**arguments)`` would have, without building it.
-
-    Args:
-        method: :class:`let_composer.LET`, :class:`let_composer.RKD` or :class:`let_composer.SALT`.
-        arguments: The mapping below its name in a YAML.
-
-    Raises:
-        TypeError: For an unknown or wrongly typed option.
-        ValueError: For a value out of range.
-    """
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(method).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    refuse_unknown(method, arguments.keys() - defaults.keys())
-    return method.options_type(**{**defaults, **arguments})
-
-
-def refuse_unknown(method: type, unknown: Iterable[str]) -> None:
-    """Refuse options that a method does not have.
-
-    Raises:
-        TypeError: With the nearest option that there is.
-    """
-    if not (names := sorted(unknown)):
-        return
-    known = [name for name in inspect.signature(method).parameters if name != "unknown"]
-    described = ", ".join(f"{name!r}{nearest(name, known)}" for name in names)
-    raise TypeError(f"{method.__name__} has no option {described}. Its options are {', '.join(known)}.")
 
 
 def _require_type(name: str, value: Any, types: type | tuple[type, ...], expected: str) -> None:

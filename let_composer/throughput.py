@@ -29,22 +29,21 @@ class GuidedThroughput(Callback):
     def __init__(self, window_size: int = 100) -> None:
         self._flops: deque[float] = deque(maxlen=window_size + 1)
         self._seconds: deque[float] = deque(maxlen=window_size + 1)
-        self._prefixes: list[str] = []
+        self._guiding: list[Guidance] = []
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Note who guides: at the end of its last batch a guidance is gone."""
-        self._prefixes = [a.prefix for a in state.algorithms if isinstance(a, Guidance) and a.guiding]
+        self._guiding = [a for a in state.algorithms if isinstance(a, Guidance) and a.guiding]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the window that ends here."""
         model = getattr(state.model, "module", state.model)
         count = getattr(model, "flops_per_batch", None)
-        if not self._prefixes or count is None:
+        if not self._guiding or count is None:
             self._flops.clear()
             self._seconds.clear()
             return
-        teacher = sum(a.batch_flops for a in state.algorithms if isinstance(a, Guidance))
-        self._flops.append(count(state.batch) + teacher)
+        self._flops.append(count(state.batch) + sum(guidance.batch_flops for guidance in self._guiding))
         self._seconds.append(state.timestamp.total_wct.total_seconds())
         if len(self._flops) < (self._flops.maxlen or 0):
             return
@@ -53,4 +52,5 @@ class GuidedThroughput(Callback):
         monitor = next((c for c in state.callbacks if isinstance(c, SpeedMonitor)), None)
         if monitor is not None and monitor.gpu_flops_available:
             metrics["throughput/device/mfu"] = per_second / monitor.gpu_flops_available
-        logger.log_metrics({f"{prefix}/{name}": value for prefix in self._prefixes for name, value in metrics.items()})
+        for guidance in self._guiding:
+            logger.log_metrics({f"{guidance.prefix}/{name}": value for name, value in metrics.items()})

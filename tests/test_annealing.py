@@ -20,10 +20,8 @@ def test_shapes_are_exact_at_their_ends_and_never_rise(anneal, quarter, half):
 @pytest.mark.parametrize(
     ("stop", "max_duration", "batches", "expected"),
     [
-        ("0.3dur", "1000ba", None, "300ba"),
         ("0.3dur", "7ba", None, "2ba"),
         ("0.5dur", "2e9tok", None, "1000000000tok"),
-        ("0.25dur", "800sp", None, "200sp"),
         ("0.3dur", "2ep", 50, "30ba"),
         ("1dur", "10ba", None, "10ba"),
         ("1ep", "4ep", 25, "25ba"),
@@ -43,14 +41,11 @@ def test_resolve_stop(stop, max_duration, batches, expected):
     ("stop", "max_duration", "message"),
     [
         (1500, "9ba", "Add a unit"),
-        (0.3, "9ba", "Add a unit"),
         ("1500", "9ba", "such as '0.3dur'"),
         ("soon", "9ba", "such as '0.3dur'"),
-        ("10m", "9ba", "such as '0.3dur'"),
         ("2h", "9ba", "wall clock"),
         ("3iter", "9ba", "wall clock or iteration"),
         ("0ba", "9ba", "greater than 0"),
-        ("-3ba", "9ba", "greater than 0"),
         ("1.5dur", "9ba", "past the end of training"),
         ("0.1dur", "5ba", "never act"),
         ("1ep", "2ep", "has no length"),

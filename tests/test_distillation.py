@@ -5,7 +5,7 @@ import torch
 from conftest import Sizes, assert_close, build_student, counted, metrics, parameters
 from torch import nn
 
-from let_composer import LET, RKD, SALT
+from let_composer import LET, RKD
 from let_composer.loss.distillation import compare_logits, distillation_loss
 from let_composer.teacher import Teacher
 
@@ -41,12 +41,6 @@ def test_weight_one_trains_on_the_teacher_alone(train, teacher_folder, tokenizer
     distillation_loss(student(data)["logits"], teacher, counted(data), 2.0).backward()
     torch.optim.SGD(student.parameters(), lr=0.1).step()
     assert_close(parameters(found), {name: p.detach() for name, p in student.named_parameters()})
-
-
-def test_salt_ends_and_lets_go_of_its_teacher(train, teacher_folder):
-    found = train(algorithm := SALT(teacher_folder, weight=0.8, stop="0.5dur"), max_duration="4ba")
-    assert metrics(found, "kd/weight") == pytest.approx([0.8, 0.4, 0.0])
-    assert algorithm._teacher is None and len(metrics(found, "kd/loss")) == 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

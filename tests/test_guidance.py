@@ -11,7 +11,7 @@ import pytest
 import torch
 from composer import Callback, DataSpec
 from composer.algorithms import EMA, GradientClipping
-from composer.core import Algorithm, Event
+from composer.core import Event
 from composer.loggers import LoggerDestination
 from conftest import (
     LENGTH,
@@ -30,7 +30,7 @@ from conftest import (
 from llmfoundry.callbacks.kill_loss_spike_callback import KillLossSpike
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from let_composer import LET, RKD, alignment_loss
+from let_composer import LET, RKD, SALT, alignment_loss
 from let_composer.teacher import Teacher
 
 
@@ -75,12 +75,13 @@ class TestAccumulation:
             (True, True, LET, {"normalize_teacher": "standardize"}),
             (False, False, LET, {"normalize_teacher": "standardize"}),
             (True, True, RKD, {}),
+            *((True, True, method, {"weight": "auto"}) for method in (LET, RKD, SALT)),
         ],
     )
     def test_microbatches(self, train, tokenizer, teacher_folder, on_tokens, ragged, method, options):
         def run(size: int):
             return train(
-                method(teacher_folder, stop="3ba", weight=1.0, **options),
+                method(teacher_folder, **{"stop": "3ba", "weight": 1.0, **options}),
                 data=build_data(tokenizer, ragged=ragged),
                 device_train_microbatch_size=size,
                 accumulate_train_batch_on_tokens=on_tokens,
@@ -89,9 +90,10 @@ class TestAccumulation:
 
         whole, parts = run(8), run(3)
         assert_close(parameters(whole), parameters(parts))
-        for name in {"loss", "lm_loss"} | ({"cosine", "constant_cosine"} if method is LET else {"teacher_share"}):
+        names = {"weight", "loss", "lm_loss"} | ({"cosine", "constant_cosine"} if method is LET else {"teacher_share"})
+        for name in names:
             name = f"{method.prefix}/{name}"
-            assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-5)
+            assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-4)
 
     @pytest.mark.parametrize("needed", [False, True])
     def test_the_teacher_sees_padding_only_where_it_matters(
@@ -302,32 +304,20 @@ class TestCompany:
             assert trainer.state.model.model.is_gradient_checkpointing
             assert_close(plain, parameters(trainer))
 
-    def test_a_logger_that_refuses_to_go_back(self, train, let):
-        class Forward(LoggerDestination):
-            """Drops what comes under an earlier step, as some services do."""
+    def test_metrics_come_under_the_step_that_the_clock_shows(self, train, let):
+        """Some services drop what goes back, and Composer's monitors log under the new step at the end of a batch."""
 
+        class Steps(LoggerDestination):
             def __init__(self) -> None:
-                self.step, self.seen = -1, []
+                self.seen: dict[str, list[int | None]] = {}
 
             def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-                assert step is not None
-                if step >= self.step:
-                    self.step = step
-                    self.seen += [name for name in metrics if name.startswith("let/")]
+                for name in metrics:
+                    self.seen.setdefault(name, []).append(step)
 
-        class Early(Algorithm):
-            """Logs at the end of a batch, before LET."""
-
-            def match(self, event: Event, state: Any) -> bool:
-                return event == Event.BATCH_END
-
-            def apply(self, event: Event, state: Any, logger: Any) -> None:
-                logger.log_metrics({"early": 1.0})
-
-        logger = Forward()
-        train(Early(), let(stop="4ba"), loggers=[logger])
+        train(let(stop="4ba"), loggers=[logger := Steps()])
         for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine", "let/usable"):
-            assert logger.seen.count(name) == 4, name
+            assert logger.seen[name] == [1, 2, 3, 4], name
 
 
 class TestTwoMethods:

@@ -206,7 +206,7 @@ def test_the_json_has_all_of_it(small, tmp_path):
         (["global_batch=6"], "the YAML has no 'global_batch'"),
         (["model.n_layer=2"], "model has no 'n_layer' .did you mean 'n_layers'"),
         (["algorithms.let.stop=soon"], "stop"),
-        (["algorithms.let.wieght=2"], "no option 'wieght' .did you mean 'weight'"),
+        (["algorithms.let.wieght=2"], "LET has no 'wieght' .did you mean 'weight'"),
         (["algorithms.let.teacher=./nowhere"], "no teacher at './nowhere'"),
     ],
 )

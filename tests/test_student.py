@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import LENGTH, VOCABULARY, build_student
+from conftest import LENGTH, VOCABULARY
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from let_composer.student import Capture, find_blocks, matmul_parameters, resolve_layer
 
@@ -83,31 +79,12 @@ def test_a_wrong_path_names_the_lists(student):
         resolve_layer(student, "transformer.block.2")
 
 
-@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")  # both kinds are meant here
-@pytest.mark.parametrize("impl", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
-def test_under_activation_checkpointing_the_wrapper_is_hooked_and_fires_once_with_a_gradient(tokenizer, impl):
-    model = build_student(tokenizer)
-    blocks = set(model.model.transformer.blocks)
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, checkpoint_impl=impl),
-        check_fn=lambda m: m in blocks,
-    )
-    path, block = resolve_layer(model, 2)
-    assert path == "model.transformer.blocks.1"
-    assert block is model.model.transformer.blocks[1] and block not in blocks
-    assert resolve_layer(model, path)[1] is block
-    fired = []
-    block.register_forward_hook(lambda *_: fired.append(1))
-    capture = Capture(block)
-    capture.arm()
-    ids = torch.randint(0, VOCABULARY, (2, LENGTH))
-    logits = model({"input_ids": ids, "labels": ids}).logits
-    hidden = capture.take()
-    assert hidden.requires_grad
-    (hidden.square().mean() + logits.mean()).backward()
-    assert len(fired) == 1
-    assert capture.hidden is None  # recomputing in backward left nothing behind
+def test_what_wraps_a_block_is_found_and_its_path_stays(student):
+    blocks, path = student.model.transformer.blocks, "model.transformer.blocks.1"
+    inner = blocks[1]
+    blocks[1] = wrapper = checkpoint_wrapper(inner)
+    assert resolve_layer(student, 2) == (path, wrapper) and resolve_layer(student, path)[1] is wrapper
+    assert resolve_layer(student, f"{path}.ffn")[1] is inner.ffn
 
 
 def test_unarmed_forwards_leave_nothing(student):

@@ -1,5 +1,6 @@
 """Loading, checking, running and sharding teachers; every family through a real folder or file."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -31,12 +32,6 @@ def test_a_middle_layer_drops_the_blocks_behind_it(teacher_folder, layer, blocks
     expected = model(ids, output_hidden_states=True).hidden_states[blocks]
     torch.testing.assert_close(teacher.hidden(ids), expected)
     assert len(teacher.body.layers) == blocks
-
-
-@pytest.mark.parametrize("layer", [3, -3, 0])
-def test_a_layer_out_of_range(teacher_folder, layer):
-    with pytest.raises(ValueError, match=f"teacher_layer must be between 1 and 2.*Got {layer}"):
-        Teacher(teacher_folder, layer=layer)
 
 
 def write_gguf(path, model: LlamaForCausalLM, tokens: list[str]) -> None:
@@ -204,28 +199,19 @@ OURS = {0: "a", 1: "b", 2: "c"}
 
 
 @pytest.mark.parametrize(
-    ("theirs", "rows", "message"),
+    ("theirs", "rows", "refused", "told"),
     [
-        ({0: "a", 1: "x", 2: "c"}, 3, "1 of 3 token ids differ .1 is 'b' here and 'x' there"),
-        (None, 2, "embeddings for 2 token ids.*goes up to id 2 .'c'"),
+        ({0: "a", 1: "x", 2: "c"}, 3, "1 of 3 token ids differ .1 is 'b' here and 'x' there", ""),
+        (None, 2, "embeddings for 2 token ids.*goes up to id 2 .'c'", ""),
+        ({**OURS, 3: "d"}, 8, "", ""),
+        ({0: "a", 1: "b"}, 4, "", "never saw 1 of the student's tokens: 'c'"),  # added, in the padding rows
+        (None, 4, "", "comes without a tokenizer"),
     ],
 )
-def test_another_vocabulary_is_refused(theirs, rows, message):
-    with pytest.raises(ValueError, match=message):
+def test_vocabularies_are_compared(theirs, rows, refused, told, caplog):
+    with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
         check_vocabulary(OURS, theirs, rows=rows, name="t")
-
-
-@pytest.mark.parametrize(
-    ("theirs", "rows", "message"),
-    [
-        ({**OURS, 3: "d"}, 8, ""),
-        ({0: "a", 1: "b"}, 4, "never saw 1 of the student's tokens: 'c'"),  # added, in the padding rows
-        (None, 4, "comes without a tokenizer"),
-    ],
-)
-def test_what_is_not_known_of_a_vocabulary_is_told(theirs, rows, message, caplog):
-    check_vocabulary(OURS, theirs, rows=rows, name="t")
-    assert message in caplog.text and bool(message) == bool(caplog.records)
+    assert told in caplog.text and bool(told) == bool(caplog.records)
 
 
 def test_vocabularies_are_read_where_there_are_tokenizers(teacher_folder, tokenizer, student, tmp_path, caplog):

@@ -85,7 +85,7 @@ def test_a_bad_list_is_explained(tmp_path, algorithms, message):
     ("given", "message"),
     [
         (["max_duraton=2ba"], "train.py: the YAML has no 'max_duraton' .did you mean 'max_duration'"),
-        (["algorithms.let.wieght=1"], "train.py: LET has no option 'wieght' .did you mean 'weight'"),
+        (["algorithms.let.wieght=1"], "train.py: LET has no 'wieght' .did you mean 'weight'"),
         (["algorithms.let.weight=-1"], "train.py: weight must be finite"),
         (["run_name=???"], "train.py: .*run.yaml leaves run_name open"),
         (["a=[1"], "train.py: the command line cannot be read"),

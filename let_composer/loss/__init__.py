@@ -61,22 +61,13 @@ def alignment_loss(
     Raises:
         ValueError: If shapes or options do not fit, or the teacher requires a gradient.
     """
-    return alignment(
-        student,
-        teacher,
-        mask,
-        teacher_mean=teacher_mean,
-        teacher_std=teacher_std,
-        resize=resize,
-        implementation=implementation,
-    ).loss
+    return alignment(student, teacher, mask, teacher_mean, teacher_std, resize, implementation).loss
 
 
 def alignment(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    *,
     teacher_mean: Tensor | None = None,
     teacher_std: Tensor | None = None,
     resize: Resize = "student",
