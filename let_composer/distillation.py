@@ -76,7 +76,6 @@ class RKD(Guidance[RKDOptions]):
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Nothing is needed but the outputs."""
-        super().attach(model, device)
         return "logits"
 
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from composer.core import Event, State
 from composer.loggers import Logger
 from torch import Tensor, nn
@@ -41,15 +40,11 @@ class Guidance(Lifecycle[OptionsT]):
         self.ends_early = ""  # why, if there is a reason
         self.drop_microbatch()
 
-    def attach(self, model: nn.Module, device: torch.device) -> str:
-        """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
-        self._separates, self._length = _documents(model)
-        return "the student"
-
-    def check_teacher(self, teacher: Teacher) -> None:
+    def check_teacher(self, teacher: Teacher, model: nn.Module) -> None:
         """Refuse a teacher that cannot read the rows that this student reads."""
+        self._separates, length = _documents(model)
         if self._separates:
-            teacher.require_separation(self._length)
+            teacher.require_separation(length)
 
     def detach(self) -> None:
         """Let go of the student and of what was kept of a batch."""

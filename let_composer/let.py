@@ -131,7 +131,6 @@ class LET(Guidance[LETOptions]):
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
-        super().attach(model, device)
         path, block = resolve_layer(model, self.options.student_layer)
         example = torch.zeros(1, 8, device=device)
         alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here

@@ -91,8 +91,8 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
         raise NotImplementedError
 
-    def check_teacher(self, teacher: Teacher) -> None:
-        """Refuse a teacher that does not fit the student that was attached."""
+    def check_teacher(self, teacher: Teacher, model: nn.Module) -> None:
+        """Refuse a teacher that does not fit the student."""
 
     def detach(self) -> None:
         """Let go of the student and of what was kept of a batch. Called as often as may be."""
@@ -216,9 +216,10 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
             )
         if self.options.teacher_arguments()["placement"] != "shard":
             return
-        if dist.get_world_size() == 1:
+        if dist.get_local_world_size() == 1:
             raise ValueError(
-                "placement: shard needs at least two ranks, this run has one. Use placement: replicate, the default."
+                "placement: shard shares the teacher between the ranks of a node, and needs at least two ranks there. "
+                "This node has one. Use placement: replicate, the default."
             )
         if state.auto_microbatching:
             raise ValueError(
@@ -234,7 +235,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         try:
             with torch.random.fork_rng(devices=[]):
                 self._teacher = self._find_teacher(model, device)
-            self.check_teacher(self._teacher)
+            self.check_teacher(self._teacher, model)
         except BaseException:
             self.release()
             raise

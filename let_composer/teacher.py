@@ -68,8 +68,6 @@ class Teacher:
         trust_remote_code: bool = False,
         check: bool = True,
     ) -> None:
-        if head and layer != -1:
-            raise ValueError(f"the LM head of teacher {name!r} needs the last hidden state, layer -1. Got {layer}.")
         self.name = name
         self._device = torch.device(device)
         cuda = self._device.type == "cuda"
@@ -181,17 +179,12 @@ class Teacher:
         Every rank has to call this, and :meth:`hidden` equally often from then on. A head stays whole on each rank.
 
         Raises:
-            ValueError: If the node has one rank only, or the device has too little memory for a share of it.
+            ValueError: If the device has too little memory for a share of it.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         local = dist.get_local_world_size()
-        if local == 1:
-            raise ValueError(
-                "placement: shard shares the teacher between the ranks of a node, and needs at least two there. This "
-                "node has one. Use placement: replicate, the default."
-            )
         nodes = dist.get_world_size() // local
         mesh = init_device_mesh(self._device.type, (nodes, local), mesh_dim_names=("node", "local"))["local"]
         with self._explain_lack_of_memory(lambda: self.body, "Choose a smaller teacher, or use more ranks."):
