@@ -242,7 +242,6 @@ def compare(
     runs = {arm: [read_run(path, metric) for path in paths] for arm, paths in arms.items()}
     teacher_run = read_run(teacher, metric) if teacher else None
     summary = summarize(runs, teacher_run)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_pictures(runs, summary, out, teacher_run)
     curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
     written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}

@@ -235,7 +235,6 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(config, args.gpus, args.gpu, hardware, args.utilization, args.price)
     print(table(plan))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, asdict(plan))
 
 
