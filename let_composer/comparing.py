@@ -79,7 +79,6 @@ def _measure(run: Run, tokens: float, level: float, teacher: float | None, sign:
 
     falling, end, x = (run.loss[0], sign * run.loss[1]), float(run.loss[0][-1]), run.train_seconds[0]
     reached, compute = crossing(falling, sign * level), at(run.compute, end)
-    batch = float(np.diff(x).max()) if len(x) > 1 else np.nan
     return {
         "run": run.name,
         "final_loss": at(run.loss, end),
@@ -92,19 +91,18 @@ def _measure(run: Run, tokens: float, level: float, teacher: float | None, sign:
         "compute_to_baseline_loss": at(run.compute, reached),
         "seconds_to_baseline_loss": at(run.train_seconds, reached),
         "tokens_to_teacher_loss": None if teacher is None else crossing(falling, sign * teacher),
-        "guided_tokens_per_second": batch / run.guided_seconds if run.guided_seconds else None,
-        "plain_tokens_per_second": batch / run.plain_seconds if run.plain_seconds else None,
+        "guided_tokens_per_second": run.batch / run.guided_seconds if run.guided_seconds else None,
+        "plain_tokens_per_second": run.batch / run.plain_seconds if run.plain_seconds else None,
         "peak_gb": run.peak_gb,
     }
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean, lowest, highest and sample deviation of the values that are there; ``None`` if none is."""
+    """Mean, lowest, highest and number of the values that are there; ``None`` if none is."""
     known = [value for value in values if value is not None]
     if not known:
         return None
-    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
-    return {"mean": float(np.mean(known)), "min": min(known), "max": max(known), "std": deviation, "n": len(known)}
+    return {"mean": float(np.mean(known)), "min": min(known), "max": max(known), "n": len(known)}
 
 
 def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
@@ -244,7 +242,6 @@ def compare(
     runs = {arm: [read_run(path, metric) for path in paths] for arm, paths in arms.items()}
     teacher_run = read_run(teacher, metric) if teacher else None
     summary = summarize(runs, teacher_run)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_pictures(runs, summary, out, teacher_run)
     curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
     written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}

@@ -17,7 +17,7 @@ from let_composer.names import refuse_unknown
 if TYPE_CHECKING:
     from let_composer.options import Options
 
-__all__ = ["check_names", "load", "quiet", "read_methods", "read_yaml", "require"]
+__all__ = ["load", "merge", "quiet", "read_bases", "read_methods", "read_yaml", "require"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -42,7 +42,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     """Read a YAML and merge further YAMLs and command-line overrides into it.
 
     Args:
-        path: The YAML.
+        path: The YAML. With a ``base`` it is merged over that YAML, whose name is relative to its folder.
         overrides: ``key=value`` strings; keys may be dotted. What has no ``=`` is a YAML, merged in before them.
 
     Raises:
@@ -50,19 +50,42 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     """
     om.clear_resolver("oc.env")  # as llm-foundry does: a config must not read the environment
     further = [read_yaml(item) for item in overrides if "=" not in item]
-    merged = read_yaml(path)
-    named = {name: arguments or {} for name, arguments in _expand(merged.pop("algorithms", None)).items()}
-    merged = om.merge(merged, {"algorithms": named})
-    for config in [*further, read_yaml([item for item in overrides if "=" in item])]:
-        algorithms = _expand(config.pop("algorithms")) if "algorithms" in config else None
-        removed = merged.algorithms if algorithms == {} else [n for n, a in (algorithms or {}).items() if a is None]
-        kept = {name: arguments for name, arguments in merged.algorithms.items() if name not in removed}
-        added = {name: arguments for name, arguments in (algorithms or {}).items() if arguments is not None}
-        merged.algorithms = om.merge(kept, added)
-        merged = om.merge(merged, config)
-    assert isinstance(merged, DictConfig)
+    merged = merge([*read_bases(path), *further, read_yaml([item for item in overrides if "=" in item])])
     if not merged.get("code_paths"):  # code that registers more, and that llm-foundry has yet to import
-        check_names(merged.get("algorithms") or {})
+        from llmfoundry import registry
+
+        refuse_unknown("algorithms", merged.algorithms, registry.algorithms.get_all())
+    return merged
+
+
+def read_bases(path: str | Path) -> list[DictConfig]:
+    """A YAML, behind the one that its ``base`` names, and so on.
+
+    Raises:
+        ValueError: If one is not there, holds no mapping or is its own base.
+    """
+    files, configs = [Path(path).resolve()], [read_yaml(str(path))]
+    while base := configs[0].pop("base", None):
+        files.append((files[-1].parent / str(base)).resolve())
+        if files[-1] in files[:-1]:
+            raise ValueError(f"{path} ends up as its own base. Leave base out of {files[-2].name}.")
+        configs.insert(0, read_yaml(str(files[-1])))
+    return configs
+
+
+def merge(configs: Iterable[Any]) -> DictConfig:
+    """Merge mappings, each over those before it. ``algorithms`` may have any form: null removes one, or all; in the
+    first mapping, where there is nothing to remove, one with null has no arguments."""
+    copies: list[Any] = [om.create(config) for config in configs]
+    algorithms: Any = {}
+    for number, config in enumerate(copies):
+        if "algorithms" in config:
+            named = _expand(config.pop("algorithms"))
+            kept = {name: algorithms[name] for name in algorithms if named and named.get(name, {}) is not None}
+            given = {name: own or {} for name, own in named.items() if own is not None or number == 0}
+            algorithms = om.merge(kept, given)
+    merged = om.merge(*copies, {"algorithms": algorithms})
+    assert isinstance(merged, DictConfig)
     return merged
 
 
@@ -107,13 +130,6 @@ def require(config: DictConfig, keys: Iterable[str], reader: str) -> None:
     if missing := [key for key in keys if om.select(config, key) is None]:
         given = " ".join(f"{key}=..." for key in missing)
         raise ValueError(f"the YAML has no {', '.join(missing)}, which {reader} needs. Give it there, or say {given}")
-
-
-def check_names(algorithms: Iterable[str]) -> None:
-    """Refuse algorithms that llm-foundry does not know."""
-    from llmfoundry import registry
-
-    refuse_unknown("algorithms", algorithms, registry.algorithms.get_all())
 
 
 @contextlib.contextmanager

@@ -17,7 +17,15 @@ from transformers import GPTNeoXConfig
 
 from let_composer.student import find_blocks, matmul_parameters
 
-__all__ = ["StudentCount", "TeacherCount", "build_student", "count_student", "count_teacher", "teacher_config"]
+__all__ = [
+    "StudentCount",
+    "TeacherCount",
+    "build_model",
+    "build_student",
+    "count_student",
+    "count_teacher",
+    "teacher_config",
+]
 
 # Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -78,28 +86,38 @@ def build_student(config: DictConfig, dtype: torch.dtype) -> tuple[Any, bool]:
     Raises:
         ValueError: If it cannot be built or counted.
     """
+    cfg = cast(dict[str, Any], om.to_container(config.model, resolve=True))
+    refuse_uncountable(cfg, "the student")
+    attention = cfg.get("attn_config", {})
+    changes: dict[str, Any] = {"init_device": "meta"}
+    if cfg["name"] == "mpt_causal_lm":
+        changes |= {"attn_config": {**attention, "attn_impl": "torch"}, "loss_fn": "torch_crossentropy"}
+        if attention.get("rope_impl") == "dail":  # needs flash-attn; multiplies as much
+            changes["attn_config"]["rope_impl"] = "hf"
+    model = build_model(config, changes)
+    refuse_uncountable(model.model.config, "the student")
+    return model.to(dtype), attention.get("attn_impl", "flash") == "flash"
+
+
+def build_model(config: DictConfig, changes: dict[str, Any]) -> Any:
+    """The student of a YAML with random weights, and with changes to what the YAML says of it.
+
+    Raises:
+        ValueError: If it cannot be built.
+    """
     from llmfoundry.utils.builders import build_composer_model, build_tokenizer
 
     cfg = cast(dict[str, Any], om.to_container(config.model, resolve=True))
-    name = cfg.pop("name")
-    refuse_uncountable(cfg, "the student")
-    fused = cfg.get("attn_config", {}).get("attn_impl", "flash") == "flash"
-    cfg |= {"init_device": "meta", "use_train_metrics": False}
-    tokenizer = None
-    if name == "mpt_causal_lm":
-        cfg |= {"attn_config": {**cfg.get("attn_config", {}), "attn_impl": "torch"}, "loss_fn": "torch_crossentropy"}
-        if cfg["attn_config"].get("rope_impl") == "dail":  # needs flash-attn; multiplies as much
-            cfg["attn_config"] |= {"rope_impl": "hf"}
-    else:  # a model of the hub asks its tokenizer for the number of tokens
+    cfg |= {"use_train_metrics": False, **changes}
+    name, tokenizer = cfg.pop("name"), None
+    if name != "mpt_causal_lm":  # a model of the hub asks its tokenizer for the number of tokens
         cfg |= {"pretrained": False}
         entry = cast(dict[str, Any], om.to_container(config.tokenizer, resolve=True))
         tokenizer = build_tokenizer(entry["name"], entry.get("kwargs", {}))
     try:
-        model = build_composer_model(name, cfg, tokenizer)
+        return build_composer_model(name, cfg, tokenizer)
     except (TypeError, OSError) as error:
         raise ValueError(f"the student cannot be built from model: {error}") from error
-    refuse_uncountable(cast(Any, model).model.config, "the student")
-    return model.to(dtype), fused
 
 
 def count_student(model: nn.Module, batch: int, length: int, fused_attention: bool) -> StudentCount:

@@ -2,7 +2,7 @@
 
   let-composer eval EleutherAI/pythia-160m runs/let/checkpoints/ep0-ba4800      # LET's nine tasks, from the hub
   let-composer eval MODEL --tasks data/offline/eval/tasks.yaml --limit 200      # the same from local files
-  let-composer eval MODEL --tasks hellaswag piqa --shots 0                      # any task of lm-eval
+  let-composer eval MODEL --tasks hellaswag piqa --shots 0                      # tasks of lm-eval with acc or acc_norm
 
 A model is a Hugging Face folder, a hub id, or a Composer checkpoint: its file, or the folder of a sharded one. A YAML
 of local files has llm-foundry's form (icl_tasks). acc takes the likeliest answer, acc_norm the likeliest for its
@@ -105,7 +105,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 
 def score(model: str, tasks: list[Any], **options: Any) -> pd.DataFrame:
-    """Scores of one model, a row for each task and metric; ``error`` is one standard error.
+    """Scores of one model, a row for each task and metric; ``error`` is one standard error. Prints what a task has that
+    has neither ``acc`` nor ``acc_norm``.
 
     Args:
         model: As in :func:`open_model`.
@@ -137,6 +138,9 @@ def score(model: str, tasks: list[Any], **options: Any) -> pd.DataFrame:
         for metric in ("acc", "acc_norm")
         if f"{metric},none" in found["results"][task]
     ]
+    for task in found["n-samples"].keys() - {task for task, *_ in rows}:
+        others = {name: value for name, value in found["results"][task].items() if isinstance(value, float)}
+        print(f"{task} has neither acc nor acc_norm, and so no place in the table. lm-eval found {others}.")
     frame = pd.DataFrame(rows, columns=pd.Index(["task", "metric", "items", "score"]))
     return frame.assign(error=(frame.score * (1 - frame.score) / frame["items"]) ** 0.5)
 
@@ -152,10 +156,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``let-composer eval``."""
-    tasks, chances = local_tasks(args.tasks[0]) if args.tasks[0].endswith((".yaml", ".yml")) else (args.tasks, {})
+    """Carry out ``let-composer eval``.
+
+    Raises:
+        ValueError: For a YAML among other tasks, and as :func:`score`.
+    """
+    tasks, chances = args.tasks, dict[str, float]()
+    if any(task.endswith((".yaml", ".yml")) for task in tasks):
+        if len(tasks) > 1:
+            raise ValueError(f"expected --tasks to be one YAML or names, got {' '.join(tasks)}. Call it for each.")
+        tasks, chances = local_tasks(tasks[0])
     found, out = pd.DataFrame(), Path(f"{args.out}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         options = {"num_fewshot": args.shots, "limit": args.limit, "batch_size": args.batch_size}
         own = score(model, tasks, **options)

@@ -1,13 +1,17 @@
-"""Print an example YAML that comes with the package, or list them.
+"""Print an example YAML that comes with the package, whole, or list them.
 
 let-composer yaml
 let-composer yaml let_1b4 > my.yaml
 """
 
 import argparse
+import itertools
 from importlib.metadata import files
 from pathlib import Path
 
+from omegaconf import OmegaConf as om
+
+from let_composer.configuration import merge, read_bases
 from let_composer.names import refuse_unknown
 
 __all__ = ["add_arguments", "examples", "run"]
@@ -38,4 +42,8 @@ def run(args: argparse.Namespace) -> None:
         return
     name = args.name.removesuffix(".yaml")
     refuse_unknown("the package", [name], found)
-    print(found[name].read_text(), end="")
+    text = found[name].read_text()
+    if len(configs := read_bases(found[name])) > 1:
+        head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True))
+        text = "".join(head) + om.to_yaml(merge(configs))
+    print(text, end="")

@@ -12,8 +12,10 @@ __all__ = ["replacing", "write_json"]
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path``; the file or folder written there becomes ``path``, whole or not at all."""
+    """Yield a name beside ``path``, whose folder is made; the file or folder written there becomes ``path``, whole or
+    not at all."""
     partial = path.with_name(f"{path.name}.writing")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
     if path.is_dir():

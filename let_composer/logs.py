@@ -28,6 +28,7 @@ class Run:
     loss: Curve  # that metric, nats per token for cross-entropy
     compute: Curve  # of student and teacher, in the FLOPs of one token of plain training
     train_seconds: Curve  # time in training, evaluation and start-up left out
+    batch: float  # tokens
     guidance: dict[str, Curve] = field(default_factory=dict)  # the metrics of let/ or kd/
     guided_seconds: float | None = None  # mean of one batch, over guided batches after the first two
     plain_seconds: float | None = None
@@ -50,7 +51,9 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
     # Composer logs under the number of batches done before the event: time/token at the start of a batch, evaluations
     # and the speed monitor after it.
     steps, tokens = log["time/token"].index.to_numpy(dtype=float), log["time/token"].to_numpy(dtype=float)
-    steps, tokens = np.append(steps, steps[-1] + 1), np.append(tokens, tokens[-1] + np.diff(tokens, prepend=0).max())
+    batch = float((np.diff(tokens) / np.diff(steps)).max(initial=0))
+    end = max(steps[-1] + 1, *(values.index[-1] for values in log.values()))
+    steps, tokens = np.append(steps, end), np.append(tokens, tokens[-1] + batch * (end - steps[-1]))
     nothing: Any = pd.Series(dtype=float)
 
     def curve(tag: str) -> Curve:
@@ -73,6 +76,7 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
         loss=curve(tag),
         compute=(tokens, np.append(tokens[0], tokens[0] + np.cumsum(np.diff(tokens) / (1 - share)))),
         train_seconds=(train_tokens, train_hours * 3600),
+        batch=batch,
         guidance={tag: curve(tag) for tag in log if tag.startswith(("let/", "kd/"))},
         guided_seconds=_known(took[guided].mean()),
         plain_seconds=_known(took[~guided].mean()),

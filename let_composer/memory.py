@@ -31,7 +31,7 @@ HARDWARE = {
     "h200": Hardware(989, 139),
     "b200": Hardware(2250, 178),
 }
-CHUNK = 1024  # tokens whose logits distillation holds at a time
+CHUNK = 1024  # tokens that distillation compares at a time
 NODE = 8  # GPUs over which a sharded teacher lies
 STATES = {"adam": 8, "lion": 4, "sgd": 4}  # bytes of the optimizer's state a parameter, in fp32
 
@@ -44,8 +44,10 @@ def memory(
     placement: str,
     tokens: int,
     dtype: torch.dtype,
+    distills: bool,
 ) -> dict[str, float]:
-    """GiB on a GPU by part, of the run of a YAML with ``tokens`` in a microbatch, for which both were counted.
+    """GiB on a GPU by part, of the run of a YAML with ``tokens`` in a microbatch, for which both were counted; with RKD
+    or SALT it distills.
 
     Raises:
         ValueError: For a sharding strategy or an optimizer that is not known here.
@@ -71,8 +73,10 @@ def memory(
         sharded = placement == "shard" and gpus > 1
         held = teacher.parameters / min(gpus, NODE) + 2 * teacher.largest_unit if sharded else teacher.parameters
         parts["teacher"] = element * (held + tokens * teacher.width) + teacher.activations
-        if teacher.logits:  # of both models, in the computing type and twice in fp32
-            parts["logits of a chunk"] = 2 * min(tokens, CHUNK) * teacher.logits * (element + 8)
+        # LET's sample of logits is gone before the backward pass, whose gradient of the logits takes more. Distillation
+        # has there one more such gradient; before, a chunk of both models' logits, in this type and twice in fp32.
+        if distills:
+            parts["distillation"] = teacher.logits * max(tokens * element, 2 * min(tokens, CHUNK) * (element + 8))
     return {part: size / 2**30 for part, size in parts.items()}
 
 

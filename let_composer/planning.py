@@ -100,14 +100,14 @@ def make_plan(
         dtype = torch.float32 if str(config.get("precision", "amp_bf16")) == "fp32" else torch.bfloat16
         duration, tokens_a_step = Time.from_timestring(str(config.max_duration)), batch * length
         steps = _steps(duration, batch, tokens_a_step)
-        methods = read_methods(config)
+        methods = {name: own for name, own in read_methods(config).items() if not own.off}
         options = next(iter(methods.values()), None)
         body, guided, context, placement = None, 0.0, length, ""
         for other in methods.values():
             if options and not other.same_teacher(options):
                 raise ValueError("planning knows one teacher: give all methods the same, with the same options.")
             stop = resolve_stop(parse_stop(other.stop), duration, None)
-            guided = max(guided, 0.0 if other.off else min(steps, _steps(stop, batch, tokens_a_step)))
+            guided = max(guided, min(steps, _steps(stop, batch, tokens_a_step)))
         if options:
             layer, placement = (options.teacher_arguments()[key] for key in ("layer", "placement"))
             body = build_body(teacher_config(options.teacher), layer, options.trust_remote_code).to(dtype)
@@ -119,7 +119,8 @@ def make_plan(
             student = count_student(student_model, microbatch, length, fused)
             projected = microbatch * max((m.projected(context) for m in methods.values()), default=0)
             teacher = count_teacher(body, microbatch, context, projected) if body is not None else None
-            parts = memory(config, gpus, student, teacher, placement, microbatch * length, dtype)
+            distills = bool(methods.keys() - {"let"})
+            parts = memory(config, gpus, student, teacher, placement, microbatch * length, dtype, distills)
             if given != "auto" or microbatch == 1 or fits(sum(parts.values()), hardware and hardware.memory):
                 break
             microbatch //= 2
@@ -234,7 +235,6 @@ def run(args: argparse.Namespace) -> None:
     plan = make_plan(config, args.gpus, args.gpu, hardware, args.utilization, args.price)
     print(table(plan))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, asdict(plan))
 
 

@@ -2,11 +2,11 @@
 
     composer scripts/train.py yamls/let_125m.yaml variables.data_local=data/pile-mds algorithms.let.weight=0.5
 
-A second YAML is merged into the first, as a cloud's parameters file.
+A second YAML is merged into the first, as a cloud's parameters file; and the first into its ``base``, a YAML beside it.
 
 ``algorithms: [let]``, ``algorithms: [gradient_clipping: {...}, let]`` and ``let:`` with nothing after it all work, and
-so do command-line overrides of a key of any of them. On the command line, and in a second YAML, null removes:
-``algorithms.let=null`` trains without LET, ``algorithms=null`` without any algorithm.
+so do command-line overrides of a key of any of them. On the command line, and in a YAML that is merged into another,
+null removes: ``algorithms.let=null`` trains without LET, ``algorithms=null`` without any algorithm.
 """
 
 import argparse

@@ -43,6 +43,9 @@ def test_parts_that_succeeded_are_not_run_again(report, tmp_path):
     assert report({"a": "raise SystemExit('ran again')", "b": "print('mended')"}, *archive) == 0
     page = (report.out / "report.md").read_text()
     assert "## a: done" in page and "figures" in page and "mended" in page and "device test device" in page
+    (report.out / "a.log").write_text("newer than the archive")
+    assert report({"a": "raise SystemExit('ran again')"}, *archive) == 0
+    assert (report.out / "a.log").read_text() == "newer than the archive"
 
 
 def test_other_sources_or_another_device_are_measured_anew(report, monkeypatch, tmp_path):

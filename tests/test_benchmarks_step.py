@@ -60,6 +60,14 @@ def test_what_the_yaml_names_is_what_runs(run, monkeypatch, wrapped):
     assert len(blocks) == 2 * 3 * 3 * 2 * 4 * (2 if wrapped else 1)  # rounds, kinds, steps, microbatches, blocks
 
 
+def test_a_model_of_the_hub(run, teacher_folder):
+    hub = f"{{name: hf_causal_lm, pretrained_model_name_or_path: {teacher_folder}, pretrained: true}}"
+    config = script.load(run, [f"tokenizer.name={teacher_folder}", "algorithms.let.student_layer=1"])
+    config.model = script.om.create(hub)
+    (found,) = script.measure(config, rounds=1, steps=3)
+    assert len(found["guided"].seconds[0]) == 1
+
+
 def test_bad_input(run):
     with pytest.raises(ValueError, match="expected at least one round of more than 2 steps, got 5 of 2"):
         script.main([run, "--steps", "2"])

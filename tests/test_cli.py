@@ -22,8 +22,6 @@ def test_what_a_user_can_put_right_is_told_in_a_line(capsys, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
         (["compare", "nowhere"], "let-composer compare: there is no run at nowhere."),
-        (["plan", "nowhere.yaml"], "let-composer plan: there is no YAML at 'nowhere.yaml'"),
-        (["plan", "x.yaml", "--gpu", "h20", "a=1"], "(did you mean 'h200'?"),
         (["yaml", "let_1b"], "let-composer yaml: the package has no 'let_1b' (did you mean 'let_1b4'?)"),
     ):
         assert main(arguments) == 1
@@ -84,7 +82,7 @@ def test_a_wheel_outside_of_the_repository(installed, tmp_path, teacher_folder):
 
     assert all(verb in call("--help") for verb in VERBS)
     assert "let_1b4 " in call("yaml")
-    (tmp_path / "my.yaml").write_text(call("yaml", "let_1b4"))
+    (tmp_path / "my.yaml").write_text(call("yaml", "let_7b"))
     plan = call("plan", "my.yaml", "--gpus", "32", "--gpu", "h100", "run_name=mine")
     assert plan.startswith("run ") and "mine" in plan and "fits in 79 GiB" in plan
     texts = [{"text": f"w{i} " * 40, "meta": {"pile_set_name": "Toy"}} for i in range(30)]

@@ -42,15 +42,11 @@ def options(arguments: list[str]) -> dict[str, str]:
     return dict(zip(arguments[:end:2], arguments[1:end:2], strict=True))
 
 
-def test_the_mosaicml_run_has_the_schema_of_its_client(tmp_path):
+def test_the_mosaicml_run_has_the_schema_of_its_client():
     run = RunConfig.from_file(CLOUD / "mcli.yaml")  # unknown fields are a warning, so an error here
     assert run.compute["gpus"] == 32 and run.image.startswith("mosaicml/llm-foundry:2.7.0")
     assert run.scheduling["retry_on_system_failure"]
     assert "composer scripts/train.py yamls/let_7b.yaml /mnt/config/parameters.yaml" in run.command
-    text = (CLOUD / "mcli.yaml").read_text()
-    (tmp_path / "bad.yaml").write_text(text.replace("gpu_type:", "gpu_typo:"))
-    with pytest.warns(UserWarning, match="compute.gpu_typo"):
-        RunConfig.from_file(tmp_path / "bad.yaml")
 
 
 def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):

@@ -129,11 +129,9 @@ def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
     assert summary["baseline"] == "plain" and summary["baseline_final_loss"] == pytest.approx(4.0)
     assert summary["equal_tokens"] == 4000  # of which all have a loss
     arm = summary["arms"][1]["over_seeds"]
-    reached = {"mean": 2500, "min": 2000, "max": 3000, "std": math.sqrt(2) * 500, "n": 2}
+    reached = {"mean": 2500, "min": 2000, "max": 3000, "n": 2}
     assert arm["tokens_to_baseline_loss"] == pytest.approx(reached)
-    assert arm["tokens_to_teacher_loss"] == pytest.approx(
-        {**reached, "mean": 3250, "min": 3000, "max": 3500, "std": math.sqrt(2) * 250}
-    )
+    assert arm["tokens_to_teacher_loss"] == pytest.approx({**reached, "mean": 3250, "min": 3000, "max": 3500})
     assert arm["loss_at_equal_tokens"]["mean"] == pytest.approx(4.0)
     rows = table(summary)
     (loss,) = (name for name in rows if name.startswith("eval/"))
@@ -238,6 +236,10 @@ def test_exports_of_other_trackers_give_the_same_run(tmp_path):
         assert (run.peak_gb, run.guided_seconds, run.plain_seconds) == pytest.approx(
             (expected.peak_gb, expected.guided_seconds, expected.plain_seconds)
         )
+    for part in (wide[wide._step >= 7], wide[wide._step % 5 == 0]):  # from a later step on; every fifth
+        part.to_csv(tmp_path / "part.csv", index=False)
+        run = read_run(tmp_path / "part.csv")
+        assert run.batch == 100 and run.loss[0].tolist() == [1000, 2000]
     two = pd.read_csv(tmp_path / "charts" / "0.csv")
     two.assign(**{"other - x": 1}).to_csv(tmp_path / "charts" / "0.csv", index=False)
     long.assign(Run=["a", *["b"] * (len(long) - 1)]).to_csv(tmp_path / "mlflow.csv", index=False)

@@ -88,7 +88,7 @@ def scores(model: Any, path: str, **options: Any) -> dict[tuple[str, str], float
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # datasets' and lm-eval's own; what is tested is the scores
-def test_scores_are_those_counted_by_hand(tmp_path, items, train, tokenizer, teacher_folder):
+def test_scores_are_those_counted_by_hand(tmp_path, items, train, tokenizer, teacher_folder, capsys):
     path = write(tmp_path, items)
     expected = by_hand(AutoModelForCausalLM.from_pretrained(teacher_folder), items)
     assert expected == scores(teacher_folder, path) and 0 < min(expected.values()) < max(expected.values()) < 1
@@ -101,6 +101,10 @@ def test_scores_are_those_counted_by_hand(tmp_path, items, train, tokenizer, tea
     run.close()
     for model in (tmp_path / "checkpoints" / "latest-rank0.pt", tmp_path / "exported"):
         assert expected == scores(model, path)
+    perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+    tasks = [{**task, "metric_list": [perplexity]} for task in script.local_tasks(path)[0] if task["task"] == "words"]
+    assert script.score(teacher_folder, tasks, num_fewshot=0).empty
+    assert "words has neither acc nor acc_norm" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -130,7 +134,7 @@ def test_the_command_writes_a_table_and_a_file(tmp_path, items, teacher_folder, 
     assert f"{100 * score:.1f} ±" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_explained(tmp_path, items, monkeypatch):
+def test_what_is_missing_is_explained(tmp_path, items, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path, items)
     (tmp_path / "run" / "ep0-ba6").mkdir(parents=True)
@@ -145,6 +149,8 @@ def test_what_is_missing_is_explained(tmp_path, items, monkeypatch):
             script.open_model(model)
     with pytest.raises(ValueError, match="lm-eval has no 'hellaswagg' .did you mean 'hellaswag"):
         script.score("x", ["hellaswagg"])
+    assert main(["eval", "x", "--tasks", "hellaswag", path]) == 1
+    assert f"expected --tasks to be one YAML or names, got hellaswag {path}" in capsys.readouterr().err
     (tmp_path / "schema.jsonl").unlink()
     with pytest.raises(OSError, match="No such file or directory: .*schema.jsonl"):
         script.local_tasks(path)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import foundry_yaml
 from llmfoundry.models.mpt import ComposerMPTCausalLM
-from omegaconf import OmegaConf as om
 from transformers import GPTNeoXConfig
 
 from let_composer import planning as script
@@ -45,7 +44,7 @@ def test_the_sized_yamls_cost_what_their_first_lines_say(name, millions):
     more = plan(str(path), gpus=32, hardware=script.HARDWARE["h100"])
     assert found.student.parameters / 1e6 == pytest.approx(millions, abs=0.1)
     assert found.tokens == pytest.approx(2.5e9 if name == "let_125m" else 20e9, rel=0.01)
-    model = om.load(path).model
+    model = load(str(path), []).model
     attention = 12 * model.n_layers * 2048 * model.d_model
     assert found.student.flops == pytest.approx(6 * found.student.matmul_parameters + attention, rel=1e-3)
     assert sum(found.memory.values()) < 0.9 * 79  # the microbatch in the file fits
@@ -60,6 +59,17 @@ def test_the_sized_yamls_cost_what_their_first_lines_say(name, millions):
         assert found.guided_tokens == pytest.approx(0.5 * found.tokens, rel=0.01)
         assert f"step costs {100 * found.guided_overhead:.1f} % more FLOPs" in head
         assert f"pays once it saves {found.break_even_tokens / 1e9:.2f}B tokens" in head
+    if name in ("let_1b4", "let_7b"):
+        cells = [
+            f"`{name}`",
+            str(found.teacher_name).rpartition("/")[2],
+            f"+{100 * found.guided_overhead:.1f} % FLOPs",
+            f"+{100 * found.break_even_tokens / found.tokens:.1f} %",
+            f"{found.break_even_tokens / 1e9:.2f}B tokens",
+            f"{more.hours:.1f}",
+            f"{sum(more.memory.values()):.0f}",
+        ]
+        assert f"| {' | '.join(cells)} |" in (YAMLS.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -151,9 +161,20 @@ def test_distillation_is_planned_with_its_logits(small, teacher_folder):
     assert rkd.teacher.flops - let.teacher.flops == 2 * 24 * 64
     assert (rkd.guided_steps, salt.guided_steps, both.guided_steps, let.guided_steps) == (100, 50, 100, 50)
     assert both.teacher == rkd.teacher and both.methods == ["let", "rkd"]
-    assert rkd.memory["logits of a chunk"] > 0 and "logits of a chunk" not in let.memory
+    assert rkd.memory["distillation"] * 2**30 == 64 * 2 * 64 * (4 + 8)  # a microbatch of 4 x 16 tokens, all in a chunk
+    auto = plan(small, "algorithms.let.weight=auto")
+    assert auto.teacher and auto.teacher.logits == 64 and not {"distillation"} & (auto.memory | let.memory).keys()
     with pytest.raises(ValueError, match="planning knows one teacher"):
         plan(small, "algorithms.rkd={teacher: other}")
+
+
+def test_a_method_that_is_off_costs_nothing(small, teacher_folder):
+    off, none = plan(small, "algorithms.let.weight=0"), plan(small, "algorithms=null")
+    assert off == none and off.teacher is None and off.methods == []
+    rkd = plan(
+        small, "algorithms.let.weight=0", "algorithms.let.teacher=other", f"algorithms.rkd.teacher={teacher_folder}"
+    )
+    assert (rkd.methods, rkd.guided_steps, rkd.teacher_name) == (["rkd"], 100, teacher_folder)
 
 
 def test_frozen_weights_are_not_trained(small):

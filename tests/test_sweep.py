@@ -136,8 +136,32 @@ def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
     assert not job.done(tmp_path)
     (tmp_path / "plain-s3.done").write_text(om.to_yaml(job.config))
     assert job.done(tmp_path) and sweep.run([job], tmp_path, 1) == []
+    # The order of keys does not count.
+    om.save(om.create(dict(reversed(om.to_container(job.config).items()))), tmp_path / "plain-s3.done")
+    assert job.done(tmp_path)
     job.config.optimizer.lr = 2.0
     assert not job.done(tmp_path)
+
+
+def test_what_a_teacher_taught_is_done_anew_when_it_is_trained_anew(experiment, monkeypatch):
+    """In a later call, too, after one that ended with the teacher."""
+    jobs = finish(experiment, small=(6.5,), plain_s3=(6.0,), guided_s3=(5.0,), hub_s3=(4.0,))
+    runs, done = Path("runs"), ["small", "plain-s3", "guided-s3", "hub-s3"]
+    assert [job.name for job in jobs if job.done(runs)] == done
+    experiment.teachers.small.max_duration = "8ba"
+    jobs = sweep.plan(experiment)
+    assert [job.name for job in jobs if job.done(runs)] == ["plain-s3", "hub-s3"]
+    monkeypatch.setattr(sweep, "_train", lambda path, threads: None)
+    assert sweep.run(jobs[:1], runs, 1) == []
+    assert [job.name for job in jobs if job.done(runs)] == ["small", "plain-s3", "hub-s3"]
+
+
+def test_null_removes_an_algorithm_of_the_base(experiment):
+    """What is saved has none: train.py would read null as no arguments there."""
+    om.save(om.merge(om.create(BASE), {"algorithms": {"let": None, "alibi": {}}}), "base.yaml")
+    experiment.arms = {"defaults": {}, "without": {"algorithms": {"let": None}}}
+    defaults, without = (job.config.algorithms for job in sweep.plan(experiment, [3]))
+    assert (defaults, without) == ({"let": {}, "alibi": {}}, {"alibi": {}})
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,18 @@ def test_null_removes_on_the_command_line_and_in_a_second_yaml(tmp_path, given, 
     assert load(path, [str(second), "algorithms=[let]"]).algorithms.let == {}
 
 
+def test_a_yaml_with_a_base_is_a_difference_from_it(tmp_path):
+    write(tmp_path / "whole.yaml", "\n  gradient_clipping: {clipping_type: norm}\n  let: {weight: 0.3}")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "other.yaml").write_text("base: ../whole.yaml\nalgorithms: {gradient_clipping: null}\n")
+    (tmp_path / "last.yaml").write_text("base: in/other.yaml\nseed: 3\n")
+    found = om.to_container(load(str(tmp_path / "last.yaml"), ["algorithms.let.stop=2ba"]))
+    assert found == {"max_duration": "4ba", "seed": 3, "algorithms": {"let": {"weight": 0.3, "stop": "2ba"}}}
+    write(tmp_path / "whole.yaml", " let\nbase: last.yaml")
+    with pytest.raises(ValueError, match="last.yaml ends up as its own base. Leave base out of whole.yaml"):
+        load(str(tmp_path / "last.yaml"), [])
+
+
 @pytest.mark.parametrize(
     ("algorithms", "message"),
     [

@@ -158,7 +158,9 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="h100", help="name in let-composer plan's table (default: h100)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_report"))
-    parser.add_argument("--archive", type=Path, help="results to go on with, rewritten after every part")
+    parser.add_argument(
+        "--archive", type=Path, help="results to go on with, where OUT has none; rewritten after every part"
+    )
     parser.add_argument("--only", nargs="+", help="names of parts")
     parser.add_argument("--minutes", type=float, default=25, help="all parts end within them (default: 25)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, into OUT-rehearsal")
@@ -176,7 +178,8 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
     out.mkdir(parents=True, exist_ok=True)
     if args.archive and args.archive.exists():
         with tarfile.open(args.archive) as archive:
-            archive.extractall(out, filter="data")
+            missing_here = [member for member in archive if not (out / member.name).exists()]
+            archive.extractall(out, missing_here, filter="data")
     memory = 0 if args.rehearse else torch.cuda.get_device_properties(0).total_memory / 2**30
     has_flash = importlib.util.find_spec("flash_attn") is not None and not args.rehearse
     todo = plan(out, args.gpu, has_flash, memory, args.rehearse)

@@ -7,8 +7,8 @@
 Before anything is timed, loss and gradient must agree with the reference in fp64. On CUDA ``triton.testing.do_bench``
 times, which empties the L2 cache before every call; what the host needs to hand a call over is printed apart. Bytes are
 the compulsory ones: every state read once, the gradient written once, and the numbers saved per token. The share is of
-the bandwidth of a large copy on the same device in the same run. Rows of OUT that were measured with these sources on
-this device are kept, so a call that was cut off goes on.
+the bandwidth of a large copy on the same device in the same run. Rows of OUT that were measured with these sources and
+settings on this device are kept, so a call that was cut off goes on.
 
 Not compared: Liger's cosine loss is a cosine of logits after both LM heads, in chunks; it has no hidden-state loss.
 """
@@ -31,10 +31,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from machine import machine, write
+from machine import machine
 from torch._functorch import config as functorch
 
 from let_composer.cli import told
+from let_composer.files import write_json
 from let_composer.loss import Implementation, Resize, alignment, reference
 
 PAIRS = ["2048/768", "4096/2048", "2048/2048", "2048/576", "768/128"]  # student/teacher width
@@ -253,7 +254,8 @@ def measure(name: str, function: Callable, states: tuple[Any, ...], options: arg
 
 def benchmark(options: argparse.Namespace) -> dict:
     path = options.out / "loss.json"
-    how = {key: getattr(options, key) for key in ("resize", "dtype", "normalize")}
+    decisive = ("resize", "dtype", "normalize", "device", "implementation", "repeats")
+    how = {key: getattr(options, key) for key in decisive}
     report = json.loads(path.read_text()) if path.exists() else {}
     about = machine()
     if report.get("how") != how or any(report["machine"][key] != about[key] for key in about if key != "date"):
@@ -276,7 +278,7 @@ def benchmark(options: argparse.Namespace) -> dict:
                 f"{row['ms_p80']:.4f}] host {row['host_ms']:.3f} ms {row['gb_per_s']:8.1f} GB/s {row['share']:6.1%}",
                 flush=True,
             )
-        write(path, report)
+        write_json(path, report)
     return report
 
 

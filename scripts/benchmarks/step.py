@@ -25,8 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from composer import Callback, DataSpec, Event, Logger, State, Trainer
-from llmfoundry.utils.builders import build_composer_model
-from machine import machine, write
+from machine import machine
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 from torch.utils.data import DataLoader
@@ -35,7 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from let_composer import LET
 from let_composer.cli import told
 from let_composer.configuration import load
-from let_composer.counting import teacher_config
+from let_composer.counting import build_model, teacher_config
+from let_composer.files import write_json
 from let_composer.planning import HARDWARE, Hardware, Plan, make_plan
 
 __all__ = ["Measurement", "build", "main", "measure", "table"]
@@ -92,16 +92,14 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     if options is None:
         raise ValueError("expected a YAML with algorithms.let: what is measured is its cost.")
     let = cast(dict[str, Any], om.to_container(options, resolve=True))
-    model_config = cast(dict[str, Any], om.to_container(config.model, resolve=True))
-    name = model_config.pop("name")
     torch.manual_seed(0)
-    model = build_composer_model(name, model_config | {"init_device": "cpu", "use_train_metrics": False}, None)
+    model = build_model(config, {"init_device": "cpu"})
     source = teacher_config(let.get("teacher", LET().options.teacher))
     if isinstance(source, str):
         source = AutoConfig.from_pretrained(source)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     AutoModelForCausalLM.from_config(source, torch_dtype=dtype).save_pretrained(folder)
-    return model, {**let, "teacher": folder}, min(source.vocab_size, int(model_config["vocab_size"]))
+    return model, {**let, "teacher": folder}, min(source.vocab_size, model.model.config.vocab_size)
 
 
 def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Iterator[dict[str, Measurement]]:
@@ -201,7 +199,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Measurement]:
         if args.out:
             steps = {kind: asdict(entry) for kind, entry in found.items()}
             report = {"command": command, "machine": machine(), "steps": steps, "plan": asdict(plan)}
-            write(args.out.with_suffix(".json"), report)
+            write_json(args.out.with_suffix(".json"), report)
     return found
 
 

@@ -44,11 +44,11 @@ def measure(experiment: sweep.DictConfig) -> dict[tuple[str, int], dict[str, flo
     """The figures of each finished run, by arm and seed."""
     from llmfoundry.models.mpt import MPTForCausalLM
 
-    runs, found = Path(experiment.runs), {}
-    text = code(sweep.om.load(experiment.base).tokenizer.name)
+    runs, found, jobs = Path(experiment.runs), {}, sweep.plan(experiment)
+    text = code(jobs[0].config.tokenizer.name)
     shuffled = text.flatten()[torch.randperm(text.numel(), generator=torch.Generator().manual_seed(17))]
     twice = shuffled.view(-1, LENGTH // 2)[:ROWS].repeat(1, 2)
-    for job in sweep.plan(experiment):
+    for job in jobs:
         if job.arm and job.done(runs):
             model = MPTForCausalLM.from_pretrained(runs / "huggingface" / job.name).eval()
             first, second = losses(model, twice).split(LENGTH // 2, dim=1)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from omegaconf import OmegaConf as om
 
 from let_composer import comparing
 from let_composer.cli import told
-from let_composer.configuration import read_yaml
+from let_composer.configuration import merge, read_bases, read_yaml
 from let_composer.files import replacing
 from let_composer.names import nearest
 
@@ -61,12 +61,13 @@ class Job:
     name: str  # of the run: arm and seed
     arm: str  # "" for a teacher
     config: DictConfig  # what train.py would read
-    needs: frozenset[str] = frozenset()  # teachers, by the names of their runs
+    needs: dict[str, "Job"] = field(default_factory=dict)  # teachers, by the names of their runs
 
     def done(self, runs: Path) -> bool:
-        """Whether an earlier call finished it, with the same settings."""
+        """Whether an earlier call finished it and its teachers, with the same settings."""
         marker = runs / f"{self.name}.done"
-        return marker.exists() and marker.read_text() == om.to_yaml(self.config)
+        same = marker.exists() and om.to_container(om.load(marker)) == om.to_container(self.config)
+        return same and all(teacher.done(runs) for teacher in self.needs.values())
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = None) -> DictConfig:
@@ -116,15 +117,21 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
         own = {"run_name": name, "variables": {"runs": experiment.runs}}
         if seed is not None:
             own |= {"seed": seed, "train_loader": {"dataset": {"shuffle_seed": seed}}}
-        config: Any = om.merge(om.load(experiment.base), experiment.settings, settings or {}, own)
-        given = [(options or {}).get("teacher") for options in (config.get("algorithms") or {}).values()]
-        needs = frozenset(str(teacher).rpartition("/")[2] for teacher in given) & set(experiment.teachers)
+        config = merge([*bases, experiment.settings, settings or {}, own])
+        needs = {name: teachers[name] for name in _taught_by(config) if name in teachers}
         return Job(name, "" if seed is None else arm, config, needs)
 
+    bases, teachers = read_bases(experiment.base), dict[str, Job]()
+    teachers |= {name: job(name, settings) for name, settings in experiment.teachers.items()}
     chosen = dict.fromkeys(arm for pattern in only for arm in _matching(pattern, experiment.arms, "arm"))
     arms = [job(arm, experiment.arms[arm], seed) for seed in seeds or experiment.seeds for arm in chosen]
-    needed = frozenset[str]().union(*(arm.needs for arm in arms))
-    return [*(job(name, settings) for name, settings in experiment.teachers.items() if name in needed), *arms]
+    needed = {name for arm in arms for name in arm.needs}
+    return [*(teacher for name, teacher in teachers.items() if name in needed), *arms]
+
+
+def _taught_by(config: Any) -> list[str]:
+    given = [(options or {}).get("teacher") for options in (config.get("algorithms") or {}).values()]
+    return [str(teacher).rpartition("/")[2] for teacher in given]
 
 
 def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
@@ -152,7 +159,9 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
 
     def start(job: Job) -> Any:
         shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
-        (runs / f"{job.name}.done").unlink(missing_ok=True)
+        for marker in runs.glob("*.done"):  # what another teacher of this name taught is not done, in no later call
+            if marker.stem == job.name or (job.arm == "" and job.name in _taught_by(om.load(marker))):
+                marker.unlink()
         om.save(job.config, runs / f"{job.name}.yaml")
         process = fork.Process(target=_train, args=(runs / f"{job.name}.yaml", threads))
         process.start()
@@ -171,7 +180,7 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
     for teachers in (True, False):  # forks of this thread alone: one of a pool's could not end
         queue, running = [job for job in waiting if teachers == (job.arm == "")], dict[Any, Job]()
         while queue or running:
-            if queue and queue[0].needs & failed:
+            if queue and failed & queue[0].needs.keys():
                 failed.add(queue.pop(0).name)
             elif queue and len(running) < workers:
                 job = queue.pop(0)
