@@ -48,7 +48,6 @@ class StudentCount:
     parameters: int
     trained: int  # of them; fewer with LoRA
     matmul_parameters: int
-    width: int
     flops: float  # of one token, forward and backward, without recomputation
     block_flops: float  # of one token, forward, in the blocks alone: what activation checkpointing does again
     largest_unit: int  # parameters that are gathered at a time: of a block, or of all that is outside of the blocks
@@ -170,7 +169,6 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         matmul_parameters=matmul_parameters(model),
-        width=width,
         flops=(forward.get_total_flops() + backward.get_total_flops()) / tokens,
         block_flops=(forward.get_total_flops() - 2 * width * logits.numel()) / tokens,
         largest_unit=max(*in_blocks, parameters - sum(in_blocks)),
