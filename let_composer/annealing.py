@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from composer.core import Time, Timestamp, TimeUnit
 
@@ -100,7 +100,9 @@ def annealed_weight(elapsed: float, stop: float, weight: float, anneal: Anneal) 
         return weight * left
     if anneal == "cosine":
         return weight * 0.5 * (1.0 - math.cos(math.pi * left))
-    return weight
+    if anneal == "constant":
+        return weight
+    raise ValueError(f"anneal must be one of {', '.join(get_args(Anneal))}, got {anneal!r}.")
 
 
 class Schedule:

@@ -50,7 +50,10 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     """
     om.clear_resolver("oc.env")  # as llm-foundry does: a config must not read the environment
     further = [read_yaml(item) for item in overrides if "=" not in item]
-    merged = merge([*read_bases(path), *further, read_yaml([item for item in overrides if "=" in item])])
+    further.append(read_yaml([item for item in overrides if "=" in item]))
+    if any("base" in config for config in further):
+        raise ValueError("only the first YAML may have a base. Give that YAML first, or leave base out.")
+    merged = merge([*read_bases(path), *further])
     if not merged.get("code_paths"):  # code that registers more, and that llm-foundry has yet to import
         from llmfoundry import registry
 
@@ -69,18 +72,31 @@ def read_bases(path: str | Path) -> list[DictConfig]:
         files.append((files[-1].parent / str(base)).resolve())
         if files[-1] in files[:-1]:
             raise ValueError(f"{path} ends up as its own base. Leave base out of {files[-2].name}.")
+        if not files[-1].is_file():
+            raise ValueError(f"{files[-2]} has base: {base}, and there is no YAML at {files[-1]}. Put it there.")
         configs.insert(0, read_yaml(str(files[-1])))
     return configs
 
 
 def merge(configs: Iterable[Any]) -> DictConfig:
-    """Merge mappings, each over those before it. ``algorithms`` may have any form: null removes one, or all; in the
-    first mapping, where there is nothing to remove, one with null has no arguments."""
+    """Merge mappings, each over those before it.
+
+    ``algorithms`` may have any form. Null removes one; null, ``[]`` or ``{}`` in the place of all removes all. In the
+    first mapping, where there is nothing to remove, one with null has no arguments.
+
+    Raises:
+        ValueError: If null is to remove what is not there, or ``algorithms`` has none of its forms.
+    """
     copies: list[Any] = [om.create(config) for config in configs]
     algorithms: Any = {}
     for number, config in enumerate(copies):
         if "algorithms" in config:
             named = _expand(config.pop("algorithms"))
+            for name, own in named.items():
+                if own is None and number and name not in algorithms:
+                    raise ValueError(
+                        f"algorithms has no {name!r} that null could remove. To add it, write {name}: {{}}."
+                    )
             kept = {name: algorithms[name] for name in algorithms if named and named.get(name, {}) is not None}
             given = {name: own or {} for name, own in named.items() if own is not None or number == 0}
             algorithms = om.merge(kept, given)

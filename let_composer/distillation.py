@@ -1,5 +1,6 @@
 """What LET is compared with: distillation from the logits of the same small teacher."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class RKD(Guidance[RKDOptions]):
         trust_remote_code: bool = False,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self).__name__, unknown, RKDOptions.__dataclass_fields__)
+        refuse_unknown(type(self).__name__, unknown, [field.name for field in dataclasses.fields(RKDOptions)])
         super().__init__(
             RKDOptions(
                 teacher=teacher,
@@ -106,18 +107,18 @@ class RKD(Guidance[RKDOptions]):
     def report(self, sums: Mapping[str, Tensor], weight: float) -> dict[str, float]:
         """The teacher's share in the best mixture; with ``weight: auto`` it ends the guidance when it is small."""
         self._share.update(share := stacking_weight(sums["counts"]))
-        if self.options.weight == "auto" and self.strength() < _NOTHING_LEFT:
+        if self.options.weight == "auto" and self._share.settled and self.strength() < _NOTHING_LEFT:
             running = self.strength()
             self.ends_early = f"the teacher's share in the best mixture of both models has fallen to {running:.3f}"
         return {"teacher_share": share}
 
     def saved(self) -> dict[str, Any]:
         """The running share."""
-        return {"share": self._share.value}
+        return {"share": self._share.state()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running share."""
-        self._share.value = saved["share"]
+        self._share.restore(saved["share"])
 
     def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
         """Takes the weight from the student's own term."""

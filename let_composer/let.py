@@ -1,5 +1,6 @@
 """LET: a small teacher's late hidden states guide an early layer of the student."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -52,10 +53,11 @@ class LET(Guidance[LETOptions]):
             layer; after the norm is our choice).
         weight: ``"auto"``: the term's gradient at the guided block is as long as that of the student's loss
             (:class:`GradientRatio`), less as the student comes within half a nat of the teacher (:func:`lead_share`).
-            Once it has caught up the guidance ends. Needs the teacher's LM head, for every eighth token of a row, at
-            most 64. Or a number, the weight at the start (paper: lambda_0), finite and not negative; the paper's best
-            at 1.4B is 0.1. Default: ``"auto"``, our choice: it gained as much as the best number tried. An untrained
-            teacher cost nothing, one overtaken early 0.011 nats (yamls/evidence/evidence.md).
+            Once it has caught up, in ten batches at the earliest, the guidance ends. Needs the student's logits and the
+            teacher's LM head for 64 evenly spaced tokens of a row. Or a number, the weight at the start (paper:
+            lambda_0), finite and not negative; the paper's best at 1.4B is 0.1. Default: ``"auto"``, our choice: it
+            gained as much as the best number tried. An untrained teacher cost nothing, one overtaken early 0.011 nats
+            (yamls/evidence/evidence.md).
         stop: End of the guidance, a Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``. Resolved once
             and kept in checkpoints, until the clock is reset. Past ``max_duration`` it warns. Default: ``"0.5dur"``,
             our choice, the paper is silent; an earlier one saved less with 0.64M students (yamls/evidence/evidence.md).
@@ -102,7 +104,7 @@ class LET(Guidance[LETOptions]):
         trust_remote_code: bool = False,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self).__name__, unknown, LETOptions.__dataclass_fields__)
+        refuse_unknown(type(self).__name__, unknown, [field.name for field in dataclasses.fields(LETOptions)])
         self._capture: Capture | None = None
         self._sinks: list[Tensor] = []
         super().__init__(
@@ -132,6 +134,12 @@ class LET(Guidance[LETOptions]):
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
         path, block = resolve_layer(model, self.options.student_layer)
+        if _frozen_up_to(model, block):
+            raise ValueError(
+                f"expected something to train up to {path} (student_layer {self.options.student_layer}), but all "
+                "parameters there are frozen: the guidance would change nothing. Unfreeze them, choose a later layer, "
+                "or remove LET."
+            )
         example = torch.zeros(1, 8, device=device)
         alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
         self._capture = Capture(block)
@@ -221,20 +229,20 @@ class LET(Guidance[LETOptions]):
         return {
             "statistics": self._statistics.state_dict(),
             "norms": self._balance.norms,
-            "lead": self._lead.value,
+            "lead": self._lead.state(),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running statistics and norms."""
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
-        self._lead.value = saved["lead"]
+        self._lead.restore(saved["lead"])
 
     def _learn_lead(self, nats: float, tokens: float) -> dict[str, float]:
         if not tokens:
             return {}
         self._lead.update(lead := nats / tokens)
-        if lead_share(self._lead.value) == 0:
+        if self._lead.settled and lead_share(self._lead.value) == 0:
             self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
         return {"lead": lead}
 
@@ -246,7 +254,18 @@ class LET(Guidance[LETOptions]):
         else:
             raise RuntimeError(
                 f"expected the hidden states of student_layer {self.options.student_layer} to carry a gradient, but "
-                "they come out without one. If all parameters up to there are frozen, unfreeze some, choose a later "
-                "layer or remove LET. If the model checkpoints itself re-entrantly (gradient_checkpointing_enable), "
-                "use Composer's activation checkpointing, or use_reentrant: false."
+                "they come out without one, as from re-entrant checkpointing of the model's own "
+                "(gradient_checkpointing_enable). Use Composer's activation checkpointing, or use_reentrant: false."
             )
+
+
+def _frozen_up_to(model: nn.Module, block: nn.Module) -> bool:
+    """Whether nothing is trained in the modules that are registered before ``block`` or in it."""
+    inside = set(block.modules())
+    for module in model.modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            return False
+        inside.discard(module)
+        if not inside:
+            return True
+    return False

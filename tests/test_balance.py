@@ -8,7 +8,16 @@ from conftest import build_data, build_student, copy_teacher, counted, metrics
 from transformers import LlamaForCausalLM
 
 from let_composer import LET, RKD, alignment_loss
-from let_composer.balance import GradientRatio, histogram, lead_share, lead_sum, measured, sampled, stacking_weight
+from let_composer.balance import (
+    GradientRatio,
+    RunningMean,
+    histogram,
+    lead_share,
+    lead_sum,
+    measured,
+    sampled,
+    stacking_weight,
+)
 from let_composer.teacher import Teacher
 
 
@@ -65,7 +74,19 @@ def test_a_lead_counts_in_full_from_half_a_nat():
 
 def test_a_sample_is_an_eighth_of_a_row_at_most_64_positions_and_never_none():
     assert [len(range(length)[sampled(length)]) for length in (1, 5, 24, 512, 2048, 2050)] == [1, 1, 3, 64, 64, 62]
-    assert list(range(24)[sampled(24)]) == [4, 12, 20]
+    assert [list(range(length)[sampled(length)]) for length in (3, 24)] == [[1], [4, 12, 20]]
+
+
+def test_a_running_mean_is_plain_at_first_and_settles():
+    mean, batches = RunningMean(), [4.0, math.nan, *range(9)]
+    for found in batches:
+        assert not mean.settled
+        mean.update(found)
+    assert mean.settled and mean.value == pytest.approx((4 + sum(range(9))) / 10)
+    again = RunningMean()
+    again.restore(mean.state())
+    again.update(14.0)
+    assert again.value == pytest.approx(0.9 * 4 + 0.1 * 14)
 
 
 def test_a_lead_counts_tokens_that_both_models_know():
@@ -127,9 +148,9 @@ def test_a_gradient_scaler_changes_no_weight(train, let):
 )
 def test_a_teacher_with_nothing_to_give_is_released(train, teacher_folder, tmp_path, caplog, method, reason):
     teacher = copy_teacher(teacher_folder, tmp_path, lambda model: model.lm_head.weight.data.mul_(1000))  # always wrong
-    trainer = train(algorithm := method(teacher, weight="auto"))
+    trainer = train(algorithm := method(teacher, weight="auto", stop="40ba"), max_duration="12ba")
     name = f"{method.prefix}/active"
-    assert metrics(trainer, name) == [1.0, 0.0]
+    assert metrics(trainer, name) == [1.0] * 10 + [0.0]  # the first nine might be chance
     trainer.fit(duration="2ba")
-    assert metrics(trainer, name) == [1.0, 0.0] and algorithm.state_dict()["end"] == "1ba"
+    assert metrics(trainer, name) == [1.0] * 10 + [0.0] and algorithm.state_dict()["end"] == "10ba"
     assert f"{method.__name__} ends early: {reason}" in caplog.text

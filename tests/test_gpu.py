@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 GUIDED = {"stop": "3ba", "weight": 1.0, "normalize_teacher": "standardize"}
+each_weight = pytest.mark.parametrize("weight", ["auto", 1.0])
 WRAPPINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "none": (None, {}),
     "fsdp1": (FSDPConfig, {}),
@@ -63,8 +64,12 @@ def test_microbatches_give_the_gradient_of_the_batch(run, teacher_folder, implem
         torch.testing.assert_close(parameters(parts)[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_mixed_precision(run):
-    found, exact = run(precision="amp_bf16"), run()
+@each_weight
+def test_mixed_precision(run, teacher_folder, weight):
+    found, exact = (
+        run(LET(teacher_folder, **{**GUIDED, "weight": weight}), precision=precision)
+        for precision in ("amp_bf16", "fp32")
+    )
     assert losses(found) == pytest.approx(losses(exact), abs=5e-2)
 
 
@@ -73,11 +78,16 @@ def test_weight_zero_is_bit_identical_to_no_algorithm(run, teacher_folder):
     assert_equal(parameters(with_), parameters(without))
 
 
-def test_compiled_student(run):
-    assert losses(run(compile_config={})) == pytest.approx(losses(run()), abs=5e-3)
+@each_weight
+def test_compiled_student(run, teacher_folder, weight):
+    compiled, plain = (
+        run(LET(teacher_folder, **{**GUIDED, "weight": weight}), compile_config=config) for config in ({}, None)
+    )
+    assert losses(compiled) == pytest.approx(losses(plain), abs=5e-3)
 
 
-def test_a_guided_microbatch_never_waits_for_the_device(run, teacher_folder, tokenizer):
+@each_weight
+def test_a_guided_microbatch_never_waits_for_the_device(run, teacher_folder, tokenizer, weight):
     class Strict(LET):
         def apply(self, event: Event, state: State, logger: Logger) -> None:
             strict = event in (Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.AFTER_LOSS)
@@ -87,7 +97,7 @@ def test_a_guided_microbatch_never_waits_for_the_device(run, teacher_folder, tok
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    found = run(Strict(teacher_folder, **GUIDED), data=build_data(tokenizer, ragged=True))
+    found = run(Strict(teacher_folder, **{**GUIDED, "weight": weight}), data=build_data(tokenizer, ragged=True))
     assert len(metrics(found, "let/loss")) == 3
 
 

@@ -93,7 +93,9 @@ class TestAccumulation:
         names = {"weight", "loss", "lm_loss"} | ({"cosine", "constant_cosine"} if method is LET else {"teacher_share"})
         for name in names:
             name = f"{method.prefix}/{name}"
-            assert metrics(whole, name) == pytest.approx(metrics(parts, name), rel=1e-4)
+            assert metrics(whole, name) == pytest.approx(
+                metrics(parts, name), rel=1e-4 if "weight" in options else 1e-5
+            )
 
     @pytest.mark.parametrize("needed", [False, True])
     def test_the_teacher_sees_padding_only_where_it_matters(

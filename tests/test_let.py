@@ -23,8 +23,8 @@ def test_frozen_blocks_are_refused(train, tokenizer, let):
     model = build_student(tokenizer)
     for module in (model.model.transformer.wte, model.model.transformer.wpe, *model.model.transformer.blocks[:3]):
         module.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="student_layer 3 to carry a gradient.*are frozen, unfreeze some"):
-        train(let(stop="4ba"), model=model)
+    with pytest.raises(ValueError, match="something to train up to model.transformer.blocks.2 .student_layer 3."):
+        train(let(stop="4ba"), model=model, fit=False)
 
 
 def test_blocks_that_are_frozen_in_the_middle_end_the_guidance(train, tokenizer, let, caplog):

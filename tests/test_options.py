@@ -13,6 +13,7 @@ from let_composer import LET, RKD, SALT
         (LET, {"weight": -0.1}, ValueError, "weight must be finite and not negative, got -0.1"),
         (LET, {"weight": float("nan")}, ValueError, "got nan"),
         (LET, {"weight": "0.1"}, TypeError, "weight must be a number or auto, got '0.1' .str"),
+        (LET, {"weight": True}, TypeError, "weight must be a number or auto, got True"),
         (LET, {"teacher": 3}, TypeError, "teacher must be a hub id or a path"),
         (LET, {"student_layer": 0}, ValueError, "count the blocks passed, from 1"),
         (LET, {"student_layer": 2.5}, TypeError, "student_layer must be a number of blocks or a dotted path"),
@@ -29,7 +30,7 @@ from let_composer import LET, RKD, SALT
         (SALT, {"temperature": 0}, ValueError, "temperature must be finite and greater than 0, got 0"),
         (SALT, {"weight": "auto", "temperature": 2.0}, ValueError, "the temperature must be 1, got 2.0"),
         (SALT, {"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
-        (SALT, {"resize": "student"}, ValueError, "SALT has no 'resize'. There are .*anneal, stop, teacher"),
+        (SALT, {"resize": "student"}, ValueError, "SALT has no 'resize'. There are anneal, stop, teacher"),
     ],
 )
 def test_bad_options(method, options, error, message):

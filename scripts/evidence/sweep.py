@@ -130,8 +130,9 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
 
 
 def _taught_by(config: Any) -> list[str]:
-    given = [(options or {}).get("teacher") for options in (config.get("algorithms") or {}).values()]
-    return [str(teacher).rpartition("/")[2] for teacher in given]
+    given = [str((options or {}).get("teacher")) for options in (config.get("algorithms") or {}).values()]
+    folder = f"{config.variables.runs}/huggingface/"
+    return [teacher.removeprefix(folder) for teacher in given if teacher.startswith(folder)]
 
 
 def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
