@@ -20,7 +20,6 @@ from moto.server import ThreadedMotoServer
 from texts import EOS, LENGTH, english, jsonl, leaves_open, plan, run, samples, shards
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from let_composer.data import DataError
 from let_composer.data.manifest import check_config, read_manifest
 from let_composer.data.plan import Plan
 from let_composer.data.verify import verify
@@ -105,7 +104,7 @@ def test_upload_and_read_back(
     data = {"remote": f"{remote}/pile-cc", "local": str(cache.parent), "split": "train", "max_seq_len": LENGTH}
     with pytest.raises(ValueError, match="other shards"):
         check_config({"tokenizer": {"name": bpe}, "train_loader": {"dataset": data}})
-    with pytest.raises(DataError, match="holds shards made otherwise"):
+    with pytest.raises(ValueError, match="holds shards made otherwise"):
         run(made, remote, validation=0.2)
     run(made, remote, proportions={"Pile-CC": 3, "Github": 1})
     body = boto3.client("s3").get_object(Bucket=bucket, Key="shards/streams.yaml")["Body"].read()
@@ -139,11 +138,11 @@ def test_interrupted_uploads(
         sent = listing(bucket, f"{folder}/").keys()
         assert "manifest.json" not in sent or shards(local).keys() <= sent  # it is there when all else is
         if kill == 0:
-            with monkeypatch.context() as patch, pytest.raises(DataError, match="Cannot upload to .*call again"):
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match="Cannot upload to .*call again"):
                 patch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
                 patch.setenv("AWS_MAX_ATTEMPTS", "1")
                 run(made, remote)
-            with pytest.raises(DataError, match=rf"unfinished work of another call \(remote: \"{remote}\" there"):
+            with pytest.raises(ValueError, match=rf"unfinished work of another call \(remote: \"{remote}\" there"):
                 run(made, f"s3://{bucket}/elsewhere/{folder}")
         run(made, remote)
         names = listing(bucket, f"{folder}/").keys() - {"streams.yaml"}

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError
 from let_composer.data.manifest import MANIFEST, join, read_manifest
 from let_composer.data.plan import Plan, add_arguments, different, recipe
 from let_composer.data.shards import Shards, stream_folder, upload
@@ -76,7 +75,7 @@ def convert(plan: Plan) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        DataError: Input that cannot be read (``on_error: stop``), an output folder that holds something else, or
+        ValueError: Input that cannot be read (``on_error: stop``), an output folder that holds something else, or
             arguments that do not fit together.
     """
     sources, left_out = list_sources(plan.inputs)
@@ -118,12 +117,12 @@ def _locked(folder: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout as error:
-        raise DataError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
+        raise ValueError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
     except OSError as error:
         free = f"{shutil.disk_usage(lock.parent).free / 1e9:.2f} GB free on the disk of {folder}"
-        raise DataError(f"Cannot go on: {error} ({free}). Put that right and {AGAIN}") from error
+        raise ValueError(f"Cannot go on: {error} ({free}). Put that right and {AGAIN}") from error
     except BrokenProcessPool as error:
-        raise DataError(f"A worker was killed, most often for want of memory. With fewer --workers {AGAIN}") from error
+        raise ValueError(f"A worker was killed, most often for want of memory. With fewer --workers {AGAIN}") from error
 
 
 def _finished(plan: Plan, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -131,11 +130,11 @@ def _finished(plan: Plan, wanted: dict[str, Any]) -> dict[str, Any] | None:
     found, out = read_manifest(plan.out)[0], plan.out
     if found is None:
         if "://" not in out and os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-            raise DataError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
+            raise ValueError(f"{out} is there already and holds something else. Choose another --out, or empty it.")
     elif differs := different({key: found.get(key) for key in wanted}, wanted):
-        raise DataError(f"{out} holds shards made otherwise ({differs:.600}). Choose another --out, or remove it.")
+        raise ValueError(f"{out} holds shards made otherwise ({differs:.600}). Choose another --out, or remove it.")
     elif plan.on_error == "stop" and (first := found["problems"]["first"]):
-        raise DataError(f"{out} was made with --on-error skip, and lacks what could not be read: {first[0]}")
+        raise ValueError(f"{out} was made with --on-error skip, and lacks what could not be read: {first[0]}")
     return found
 
 
@@ -145,7 +144,7 @@ def _convert_pieces(shards: Shards, plan: Plan, sources: dict[str, Any], worker:
 
     done, problems = shards.state["done"], shards.state["problems"]
     if problems and plan.on_error == "stop":  # of a call that skipped
-        raise DataError(problems[0])
+        raise ValueError(problems[0])
     pending: deque[tuple[list[int], Future[Any]]] = deque()
 
     def collect(most: int) -> None:
@@ -153,7 +152,7 @@ def _convert_pieces(shards: Shards, plan: Plan, sources: dict[str, Any], worker:
             place, future = pending.popleft()
             try:
                 found, problems, counts = future.result()
-            except DataError:
+            except ValueError:
                 shards.save()
                 raise
             check_proportions(plan.proportions, {stream.rpartition("/")[0] for stream in found})
@@ -198,7 +197,7 @@ def _finish(shards: Shards, manifest: dict[str, Any], plan: Plan) -> None:
         manifest["streams"][subset] = {"folder": stream_folder(f"{subset}/").rstrip("/"), "splits": splits}
     trains = [about["splits"]["train"] for about in manifest["streams"].values()]
     if not any(train["samples"] for train in trains):
-        raise DataError(
+        raise ValueError(
             f"The input holds {sum(train['tokens_left_over'] for train in trains)} tokens for training, less than one "
             f"sequence of {shards.length}. Give more text or a smaller --sequence-length."
         )

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from let_composer.data import DataError
-
 __all__ = ["MANIFEST", "check_config", "check_manifest", "join", "read_manifest", "tokenizer_fingerprint"]
 
 log = logging.getLogger(__name__)
@@ -52,7 +50,7 @@ def check_manifest(
 ) -> None:
     """Refuse shards made for another tokenizer or length, and the index of other shards in the folder ``cached``."""
     if (got := manifest["sequence_length"]) != max_seq_len:
-        raise DataError(
+        raise ValueError(
             f"The shards in {folder} hold sequences of {got} tokens, but max_seq_len is {max_seq_len}. Set max_seq_len "
             f"to {got}, or prepare shards with --sequence-length {max_seq_len}."
         )
@@ -60,14 +58,14 @@ def check_manifest(
     ours = tokenizer_fingerprint(tokenizer, made["vocabulary_size"])  # tokens added since are in no shard
     if made["fingerprint"] != ours:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise DataError(
+        raise ValueError(
             f"The shards in {folder} were made with the tokenizer {made['name']!r} ({made['vocabulary_size']} tokens, "
             f"{made['fingerprint'][:19]}…), but the run's is {name!r} ({len(tokenizer)} tokens, {ours[:19]}…): the "
             "same ids mean other text. Use that tokenizer, or prepare shards with this one."
         )
     index, expected = Path(cached or "", "index.json"), manifest.get("index_sha256")
     if cached and expected and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:
-        raise DataError(
+        raise ValueError(
             f"{cached} holds the index of other shards than {folder}, from an earlier run: streaming would read those. "
             f"Remove it (rm -r {cached}), or name another folder as local."
         )

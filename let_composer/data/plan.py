@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from let_composer.data import DataError
 from let_composer.data.manifest import tokenizer_fingerprint
 
 __all__ = ["Plan", "add_arguments", "different", "load_tokenizer", "recipe"]
@@ -40,11 +39,11 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("sequence_length", "workers"):
             if (number := getattr(self, name)) is not None and number < 1:
-                raise DataError(f"{name} must be at least 1, got {number}.")
+                raise ValueError(f"{name} must be at least 1, got {number}.")
         if not 0 <= self.validation < 1:
-            raise DataError(f"validation must be a share in [0, 1), such as 0.01, got {self.validation}.")
+            raise ValueError(f"validation must be a share in [0, 1), such as 0.01, got {self.validation}.")
         if self.proportions and not self.by_subset:
-            raise DataError("Proportions are of subsets: add --by-subset.")
+            raise ValueError("Proportions are of subsets: add --by-subset.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,11 +84,11 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise ValueError(
             f"No tokenizer at {name!r}: expected a folder with tokenizer.json or a name on the model hub. {error}"
         ) from error
     if not tokenizer.is_fast:
-        raise DataError(f"{name} has no fast tokenizer (tokenizer.json), which is what workers tokenize with.")
+        raise ValueError(f"{name} has no fast tokenizer (tokenizer.json), which is what workers tokenize with.")
     return tokenizer
 
 
@@ -99,7 +98,7 @@ def recipe(plan: Plan, sources: dict[str, Any]) -> tuple[dict[str, Any], str]:
     table, serialized = tokenizer.get_vocab(), tokenizer.backend_tokenizer.to_str()
     eos = plan.eos if plan.eos is not None else tokenizer.eos_token
     if eos not in table:
-        raise DataError(f"The text that ends a document must be one token of {plan.tokenizer}, got {eos!r}.")
+        raise ValueError(f"The text that ends a document must be one token of {plan.tokenizer}, got {eos!r}.")
     size = max(table.values()) + 1
     about = {"name": plan.tokenizer, "fingerprint": tokenizer_fingerprint(tokenizer), "vocabulary_size": size}
     about |= {"sha256": hashlib.sha256(serialized.encode()).hexdigest(), "eos": eos, "eos_id": table[eos]}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError
 from let_composer.data.manifest import join
 from let_composer.data.plan import different
 from let_composer.data.streams import PILE_WEIGHTS
@@ -45,12 +44,12 @@ class Shards:
             folder.mkdir()
             return
         if not file.exists():
-            raise DataError(f"{folder} is wanted for unfinished work, but holds something else. Choose another --out.")
+            raise ValueError(f"{folder} is wanted for unfinished work, but holds something else. Choose another --out.")
         with np.load(file) as arrays:
             self.rest = dict(arrays)
         self.state = json.loads(self.rest.pop("state").item())
         if differs := different(self.state["wanted"], wanted):
-            raise DataError(
+            raise ValueError(
                 f"{folder} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove "
                 f"it: rm -r {folder}"
             )
@@ -143,7 +142,7 @@ def upload(root: Path, remote: str, files: list[str]) -> None:
         for file in files:
             uploader.upload_file(file)
     except Exception as error:  # each store has its own
-        raise DataError(
+        raise ValueError(
             f"Cannot upload to {remote}: {type(error).__name__}: {error}. Check name, keys and network, and call "
             "again: what is finished is kept."
         ) from error

@@ -4,7 +4,6 @@ from typing import Any
 
 import yaml
 
-from let_composer.data import DataError
 from let_composer.data.manifest import join
 
 __all__ = ["PILE_WEIGHTS", "check_proportions", "streams_block"]
@@ -24,9 +23,9 @@ PILE_WEIGHTS = {
 def check_proportions(proportions: dict[str, float] | None, found: set[str], complete: bool = False) -> None:
     """Refuse proportions that do not fit the subsets found so far or, if ``complete``, all of them."""
     if proportions and (missing := sorted(found - set(proportions))):
-        raise DataError(f"No proportion for {', '.join(missing)}, which the input holds. Expected one for each subset.")
+        raise ValueError(f"No proportion for {', '.join(missing)}, which the input holds. Give one for each subset.")
     if complete and (unknown := sorted(set(proportions or ()) - found)):
-        raise DataError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(found))}.")
+        raise ValueError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(found))}.")
 
 
 def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, float] | None = None) -> str:

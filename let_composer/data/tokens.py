@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from let_composer.data import DataError
 from let_composer.data.plan import Plan
 from let_composer.data.sources import Piece
 
@@ -72,7 +71,7 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
     def problem(line: int, kind: str, message: str) -> None:
         found = f"{piece.path}, line {line}: {kind}: {message[:200]}"
         if _plan.on_error == "stop":
-            raise DataError(found)
+            raise ValueError(found)
         counts[kind] += 1
         if len(problems) < PROBLEMS_KEPT:
             problems.append(found)
