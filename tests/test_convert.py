@@ -273,10 +273,8 @@ def test_other_work_is_refused_but_not_for_on_error(
     with pytest.raises(ValueError, match=rf"of another call \(sources {source} bytes: \d+ there, 7 wanted"):
         run(made, out)
     (tmp_path / "before").rename(source)
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out.partial/train/shard.*")}
     with pytest.raises(KeyboardInterrupt), step(tmp_path, 1, containing="index.json"):
         run(made, out, on_error="skip")
-    assert kept and all(path.stat().st_mtime_ns == time for path, time in kept.items())
     with pytest.raises(ValueError, match=r"a\.jsonl, line \d+: invalid JSON"):
         run(made, out)
     assert run(made, out, on_error="skip")["problems"]["counts"] == {"invalid JSON": 1}
@@ -300,6 +298,10 @@ def test_two_processes_at_once(tmp_path: Path, source: Path, out: Path, bpe: str
 
 def test_what_is_not_ours_is_kept(tmp_path: Path, source: Path, bpe: str) -> None:
     made = plan(source, bpe)
+    np.savez(tmp_path / "mine.partial.npz", mine=1)
+    with pytest.raises(ValueError, match=r"mine\.partial\.npz is wanted for unfinished work, but holds something else"):
+        run(made, tmp_path / "mine")
+    assert np.load(tmp_path / "mine.partial.npz")["mine"] == 1
     for folder in (tmp_path / "out", tmp_path / "new.partial"):
         folder.mkdir()
         (folder / "mine.txt").write_text("kept")
@@ -421,3 +423,12 @@ def test_what_the_user_can_put_right(
     with pytest.raises(ValueError, match=message):
         run(plan(tmp_path / inputs, bpe), out, **changes)
     assert not out.exists()
+
+
+def test_a_store_whose_url_has_no_slashes_is_no_folder(
+    tmp_path: Path, source: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Cannot upload to dbfs:/Volumes/a/b/c/pile: .*Check name, keys and network"):
+        run(plan(source, bpe), "dbfs:/Volumes/a/b/c/pile")
+    assert not (tmp_path / "dbfs:").exists()

@@ -11,7 +11,7 @@ from texts import english, jsonl, plan, run
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from let_composer.data.plan import Plan
+from let_composer.data.convert import Plan
 from let_composer.data.sources import read_pieces
 from let_composer.data.tokens import start_worker, tokenize
 plan = Plan([], "", sys.argv[1], 64, on_error="skip")

@@ -62,15 +62,15 @@ def _find(name: str, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, An
         commit = HfApi().repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type).sha
         root = f"{place.repo_type}s/{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
     tops = [root] if fs.exists(root) else glob.glob(root, recursive=True) if local else fs.glob(root)
-    # On the web only asking for all of a file would tell it from a page of links.
-    files = name.startswith("http") and [top for top in tops if top.lower().endswith(ENDINGS)] or ()
-    found = {path: top for top in tops for path in ([top] if top in files else fs.find(top))}
+    web = name.startswith("http")  # where only asking for all of a file would tell it from a page of links
+    found = {path: top for top in tops for path in ([top] if web and top.lower().endswith(ENDINGS) else fs.find(top))}
     for path, top in sorted(found.items()):
         if "/." in f"/{path.removeprefix(top)}":
             left_out["hidden"] += 1
         elif local and not os.path.isfile(path):
             where = os.path.realpath(path)
-            raise ValueError(f"{path} leads to {where}, which is no file. No link to a folder is followed: name both.")
+            advice = f"Links to folders are not followed: remove it, or name files, such as {top}/*.jsonl."
+            raise ValueError(f"{path} leads to {where}, which is no file. {advice}")
         elif not path.lower().endswith(ENDINGS):
             left_out["of no format that is read"] += 1
         else:

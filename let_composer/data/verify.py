@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from let_composer.data.manifest import join, read_manifest
-from let_composer.data.plan import load_tokenizer
+from let_composer.data.manifest import join, load_tokenizer, read_manifest
 from let_composer.data.shards import HASH
 
 __all__ = ["add_arguments", "run", "verify"]
@@ -29,11 +28,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def verify(out: str, samples: int = 2) -> dict[str, int]:
-    """Read every shard of ``out`` back and print ``samples`` of each split; returns tokens read for each.
-
-    Raises:
-        ValueError: Something read differs from the manifest.
-    """
+    """Read every shard of ``out`` back and print ``samples`` of each split; returns tokens read for each."""
     manifest, why_not = read_manifest(out)
     if manifest is None:
         raise ValueError(f"Nothing to verify in {out}: {why_not}.")
