@@ -403,7 +403,6 @@ def test_damaged_parquet(tmp_path: Path, bpe: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "changes", "message"),
     [
-        ("none.jsonl", {}, "Nothing to read at .*none.jsonl"),
         ("empty", {}, "Nothing to read at .*Expected files that end in .jsonl"),
         ("a.txt", {}, "Nothing to read at .*Expected files that end in .jsonl"),
         ("a.jsonl", {"workers": -1}, "workers must be at least 1, got -1"),
