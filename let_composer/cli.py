@@ -27,21 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb with ``argv`` (default: the process's arguments); returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     lines = "\n".join(f"  {verb:10}{line}" for verb, (_, line) in VERBS.items())
-    top = argparse.ArgumentParser(
-        "let-composer",
-        description=f"{str(__doc__).partition(':')[0]} with one of these verbs:\n\n{lines}",
-        epilog="let-composer VERB --help shows what a verb takes.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = f"{str(__doc__).partition(':')[0]} with one of these verbs:\n\n{lines}"
+    epilog, raw = "let-composer VERB --help shows what a verb takes.", argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("let-composer", description=about, epilog=epilog, formatter_class=raw)
     top.add_argument("--version", action="version", version=let_composer.__version__)
     top.add_argument("verb", metavar="VERB")
     verb = top.parse_args(argv[:1]).verb
     if verb not in VERBS:
         top.error(f"there is no verb {verb!r}{nearest(verb, VERBS)}.")
     module = importlib.import_module(VERBS[verb][0])
-    parser = argparse.ArgumentParser(
-        f"let-composer {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(f"let-composer {verb}", description=module.__doc__, formatter_class=raw)
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv[1:])  # positional arguments may follow options
     return told(f"let-composer {verb}", lambda: module.run(args))

@@ -1,8 +1,7 @@
-"""Files and folders that are whole or not there."""
+"""Files that are whole or not there."""
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ __all__ = ["replacing", "write_json"]
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path``, whose folder is made; the file or folder written there becomes ``path``, whole or
-    not at all."""
-    partial = path.with_name(f"{path.name}.writing")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
+    """Yield a name beside ``path``, whose folder is made. What is written there becomes ``path``, whole or not at all.
+
+    Raises:
+        ValueError: If a folder is in its place.
+    """
     if path.is_dir():
-        shutil.rmtree(path)
+        raise ValueError(f"{path} is a folder. Give the name of a file to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.writing")
+    yield partial
     partial.replace(path)
 
 

@@ -32,6 +32,13 @@ def test_what_a_user_can_put_right_is_told_in_a_line(capsys, monkeypatch, tmp_pa
     assert "there is no verb 'compair' (did you mean 'compare'?)" in capsys.readouterr().err
 
 
+def test_a_folder_in_the_place_of_a_file_is_kept(capsys, tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert main(["plan", str(ROOT / "yamls" / "let_1b4.yaml"), "--out", str(tmp_path / "runs")]) == 1
+    assert f"let-composer plan: {tmp_path}/runs is a folder. Give the name of a file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "mine"]
+
+
 def is_program(path: Path) -> bool:
     return "ArgumentParser" in path.read_text()
 

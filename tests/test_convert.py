@@ -23,8 +23,6 @@ from texts import EOS, LENGTH, documents, english, ids, jsonl, leaves_open, plan
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from let_composer.data import DataError
-
 pytestmark = leaves_open
 
 
@@ -144,11 +142,10 @@ if len(sys.argv) > 5:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[5]), int(sys.argv[5])))
 sys.path.insert(0, sys.argv[1])
 from texts import plan, run
-from let_composer.data import DataError
 try:
     run(plan(sys.argv[2], sys.argv[3], validation=0.1), sys.argv[4])
-except DataError as error:
-    sys.exit(f"DataError: {error}")
+except ValueError as error:
+    sys.exit(f"ValueError: {error}")
 """
 
 
@@ -241,7 +238,7 @@ def test_full_disk_stops_cleanly(tmp_path: Path, source: Path, out: Path, bpe: s
     source.write_bytes(jsonl(english()))
     process = program(source, bpe, out, "6000")
     error = process.communicate()[1]
-    assert process.returncode == 1 and "DataError: Cannot go on: " in error
+    assert process.returncode == 1 and "ValueError: Cannot go on: " in error
     assert "File too large" in error and "call again" in error and not out.exists()
     made = plan(source, bpe, validation=0.1)
     run(made, out)
@@ -258,7 +255,7 @@ def test_second_call_returns_what_is_there(source: Path, out: Path, bpe: str) ->
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert run(made, out) == first
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    with pytest.raises(DataError, match=r"made otherwise \(sequence_length: 64 there, 32 wanted\)"):
+    with pytest.raises(ValueError, match=r"made otherwise \(sequence_length: 64 there, 32 wanted\)"):
         run(made, out, sequence_length=32)
 
 
@@ -267,31 +264,29 @@ def test_other_work_is_refused_but_not_for_on_error(
 ) -> None:
     source.write_bytes(jsonl(english(100_000)) + b"broken\n" + jsonl(english(60_000)))
     made = plan(source, bpe)
-    with pytest.raises(DataError, match="invalid JSON"):
+    with pytest.raises(ValueError, match="invalid JSON"):
         run(made, out)
-    with pytest.raises(DataError, match=r"of another call \(arguments validation: 0\.0 there, 0\.5 wanted\).*rm -r"):
+    with pytest.raises(ValueError, match=r"of another call \(arguments validation: 0\.0 there, 0\.5 wanted\).*rm -r"):
         run(made, out, validation=0.5)
     source.rename(tmp_path / "before")
     source.write_bytes(b"changed")
-    with pytest.raises(DataError, match=rf"of another call \(sources {source} bytes: \d+ there, 7 wanted"):
+    with pytest.raises(ValueError, match=rf"of another call \(sources {source} bytes: \d+ there, 7 wanted"):
         run(made, out)
     (tmp_path / "before").rename(source)
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out.partial/train/shard.*")}
     with pytest.raises(KeyboardInterrupt), step(tmp_path, 1, containing="index.json"):
         run(made, out, on_error="skip")
-    assert kept and all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    with pytest.raises(DataError, match=r"a\.jsonl, line \d+: invalid JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line \d+: invalid JSON"):
         run(made, out)
     assert run(made, out, on_error="skip")["problems"]["counts"] == {"invalid JSON": 1}
     run(made, tmp_path / "at once", on_error="skip")
     assert shards(out) == shards(tmp_path / "at once")
-    with pytest.raises(DataError, match="made with --on-error skip, and lacks .*invalid JSON"):
+    with pytest.raises(ValueError, match="made with --on-error skip, and lacks .*invalid JSON"):
         run(made, out)
 
 
 def test_two_processes_at_once(tmp_path: Path, source: Path, out: Path, bpe: str) -> None:
     source.write_bytes(jsonl(english()))
-    with FileLock(tmp_path / "out.partial.lock"), pytest.raises(DataError, match="Another process is at work"):
+    with FileLock(tmp_path / "out.partial.lock"), pytest.raises(ValueError, match="Another process is at work"):
         run(plan(source, bpe), out)
     both = [program(source, bpe, out) for _ in range(2)]
     for process in both:
@@ -303,10 +298,14 @@ def test_two_processes_at_once(tmp_path: Path, source: Path, out: Path, bpe: str
 
 def test_what_is_not_ours_is_kept(tmp_path: Path, source: Path, bpe: str) -> None:
     made = plan(source, bpe)
+    np.savez(tmp_path / "mine.partial.npz", mine=1)
+    with pytest.raises(ValueError, match=r"mine\.partial\.npz is wanted for unfinished work, but holds something else"):
+        run(made, tmp_path / "mine")
+    assert np.load(tmp_path / "mine.partial.npz")["mine"] == 1
     for folder in (tmp_path / "out", tmp_path / "new.partial"):
         folder.mkdir()
         (folder / "mine.txt").write_text("kept")
-        with pytest.raises(DataError, match="holds something else"):
+        with pytest.raises(ValueError, match="holds something else"):
             run(made, folder.with_suffix(""))
         assert (folder / "mine.txt").read_text() == "kept"
     (tmp_path / "empty").mkdir()
@@ -335,7 +334,7 @@ def test_bad_lines(source: Path, out: Path, bpe: str) -> None:
     for number, (_, line) in enumerate(BAD_LINES):
         lines.insert(100 + 20 * number, line)
     source.write_bytes(b"".join(lines))
-    with pytest.raises(DataError, match=r"a\.jsonl, line 101: invalid JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 101: invalid JSON"):
         run(plan(source, bpe), out)
     assert not out.exists()
     manifest = run(plan(source, bpe, on_error="skip"), out)
@@ -356,7 +355,7 @@ def test_damaged_files(tmp_path: Path, out: Path, bpe: str) -> None:
         (tmp_path / f"truncated.jsonl.{suffix}").write_bytes(packed[:half])
         (tmp_path / f"corrupt.jsonl.{suffix}").write_bytes(packed[:half] + b"\0" * 64 + packed[half + 64 :])
     (tmp_path / "whole.jsonl").write_bytes(data)
-    with pytest.raises(DataError, match=r"corrupt\.jsonl\.gz, line \d+: (corrupt file|invalid)"):
+    with pytest.raises(ValueError, match=r"corrupt\.jsonl\.gz, line \d+: (corrupt file|invalid)"):
         run(plan(tmp_path, bpe), out)
     manifest = run(plan(tmp_path, bpe, on_error="skip"), out)
     counts, first = manifest["problems"]["counts"], manifest["problems"]["first"]
@@ -389,14 +388,14 @@ def test_damaged_parquet(tmp_path: Path, bpe: str) -> None:
         content = bytearray(source.read_bytes())
         content[place + damage[0] : place + damage[1]] = bytes(damage[1] - damage[0])
         source.write_bytes(content)
-        with pytest.raises(DataError, match=rf"a\.parquet, {message}"):
+        with pytest.raises(ValueError, match=rf"a\.parquet, {message}"):
             run(made, tmp_path / f"stopped at {problem}")
         manifest = run(made, tmp_path / problem, on_error="skip")
         assert manifest["problems"]["counts"] == {problem: 1}
         assert manifest["streams"][""]["splits"]["train"]["documents"] == documents
 
     check(column, (0, 0), "line 701: invalid UTF-8", "invalid UTF-8", len(texts) - 1)
-    with pytest.raises(DataError, match=r"a\.parquet has no column 'text': --text-key must be one of body\."):
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text': --text-key must be one of body\."):
         run(made, tmp_path / "nothing", text_key="text")
     check(texts, (200, 400), "line 1025: corrupt file", "corrupt file", 1024)
 
@@ -404,7 +403,6 @@ def test_damaged_parquet(tmp_path: Path, bpe: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "changes", "message"),
     [
-        ("none.jsonl", {}, "Nothing to read at .*none.jsonl"),
         ("empty", {}, "Nothing to read at .*Expected files that end in .jsonl"),
         ("a.txt", {}, "Nothing to read at .*Expected files that end in .jsonl"),
         ("a.jsonl", {"workers": -1}, "workers must be at least 1, got -1"),
@@ -421,6 +419,15 @@ def test_what_the_user_can_put_right(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         run(plan(tmp_path / inputs, bpe), out, **changes)
     assert not out.exists()
+
+
+def test_a_store_whose_url_has_no_slashes_is_no_folder(
+    tmp_path: Path, source: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Cannot upload to dbfs:/Volumes/a/b/c/pile: .*Check name, keys and network"):
+        run(plan(source, bpe), "dbfs:/Volumes/a/b/c/pile")
+    assert not (tmp_path / "dbfs:").exists()

@@ -113,13 +113,21 @@ def test_text_is_reused_and_half_of_it_is_not(tmp_path: Path, subsets: list[str]
     assert subsets == ["a", "b", "c", "d"]
 
 
+def test_a_folder_of_the_users_own_is_kept(tmp_path: Path, subsets: list[str]) -> None:
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="pile is there already, and this program did not make it"):
+        sample_data.build_text(tmp_path, "small")
+    assert (tmp_path / "pile" / "mine.txt").read_text() == "kept" and subsets == []
+
+
 def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
     with pytest.raises(ValueError, match="give --tier small as well"):
         sample_data.build_tokenizer(tmp_path, 400)
     sample_data.build_text(tmp_path, "small")
     folder = sample_data.build_tokenizer(tmp_path, 400)
     first = (folder / "tokenizer.json").read_bytes()
-    (folder / "source.json").unlink()
+    (folder / "source.json").write_text('{"recipe": "another"}')
     assert (sample_data.build_tokenizer(tmp_path, 400) / "tokenizer.json").read_bytes() == first
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 400

@@ -10,7 +10,6 @@ from streaming.base.util import clean_stale_shared_memory
 from texts import english, jsonl, leaves_open, plan, run
 
 from let_composer.cli import main
-from let_composer.data import DataError
 from let_composer.data.streams import PILE_WEIGHTS, streams_block
 
 pytestmark = leaves_open
@@ -37,7 +36,7 @@ def test_streams_block_is_what_streaming_samples(tmp_path: Path, bpe: str) -> No
     remote: Any = OmegaConf.create(f"variables: {{cache: /disk}}\n{streams_block(manifest, 's3://bucket/pile')}")
     assert remote["streams"]["arxiv"]["local"] == "/disk/arxiv"
     assert remote["streams"]["arxiv"]["remote"] == "s3://bucket/pile/arxiv"
-    with pytest.raises(DataError, match="No proportion for ArXiv"):
+    with pytest.raises(ValueError, match="No proportion for ArXiv"):
         streams_block(manifest, "out", {"Pile-CC": 1})
     assert sum(PILE_WEIGHTS.values()) == pytest.approx(100)
 
@@ -50,12 +49,12 @@ def test_proportions_reach_the_file_or_stop_the_work(tmp_path: Path, bpe: str, c
     assert "proportion: 0.98\n" in (out / "streams.yaml").read_text()
     run(made, out, proportions={"Pile-CC": 50, "ArXiv": 25, "Github": 25})
     assert "proportion: 0.5\n" in (out / "streams.yaml").read_text()
-    with pytest.raises(DataError, match="No proportion for Github"):
+    with pytest.raises(ValueError, match="No proportion for Github"):
         run(made, tmp_path / "new", proportions={"Pile-CC": 1, "ArXiv": 1})
     assert not (tmp_path / "new").exists()
-    with pytest.raises(DataError, match="No subset Books in the input, which holds"):
+    with pytest.raises(ValueError, match="No subset Books in the input, which holds"):
         run(made, out, proportions={"Pile-CC": 1, "ArXiv": 1, "Github": 1, "Books": 1})
-    with pytest.raises(DataError, match="add --by-subset"):
+    with pytest.raises(ValueError, match="add --by-subset"):
         run(plan(source, bpe), out, proportions={"Pile-CC": 1})
     for wrong in ("ArXiv=0", "ArXiv=inf", "ArXiv"):
         with pytest.raises(SystemExit):

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 from texts import english, jsonl, plan, run
 
-from let_composer.data import DataError
-
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from let_composer.data.plan import Plan
+from let_composer.data.convert import Plan
 from let_composer.data.sources import read_pieces
 from let_composer.data.tokens import start_worker, tokenize
 plan = Plan([], "", sys.argv[1], 64, on_error="skip")
@@ -43,5 +41,5 @@ def test_memory_is_bounded(tmp_path: Path, bpe: str) -> None:
 
 def test_a_document_that_is_too_long_is_said(tmp_path: Path, bpe: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a short one", "a" * ((64 << 20) + 1)]))
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes .*: split it"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes .*: split it"):
         run(plan(tmp_path / "a.jsonl", bpe), tmp_path / "out", workers=1)

@@ -13,8 +13,7 @@ from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 from transformers import AutoTokenizer
 
-from let_composer.data.convert import convert
-from let_composer.data.plan import Plan
+from let_composer.data.convert import Plan, convert
 
 LENGTH = 64
 EOS = "<|endoftext|>"

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from let_composer.data import DataError
-
-__all__ = ["MANIFEST", "check_config", "check_manifest", "join", "read_manifest", "tokenizer_fingerprint"]
+__all__ = ["MANIFEST", "check_config", "different", "is_remote", "join", "load_tokenizer", "read_manifest", "recipe"]
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FORMAT = 6  # raise it when the bytes written for the same input change
+
+
+def is_remote(folder: str) -> bool:
+    """Whether streaming takes it for a store's URL."""
+    return "://" in folder or folder.startswith("dbfs:/")
 
 
 def join(*parts: str | None) -> str:
@@ -28,6 +32,51 @@ def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
     """Hash what every id means (below an id, if given): equal for equal tables, whatever the tokenizer's name."""
     table = sorted((i, token) for token, i in tokenizer.get_vocab().items() if below is None or i < below)
     return "sha256:" + hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No tokenizer at {name!r}: expected a folder with tokenizer.json or a name on the model hub. {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} has no fast tokenizer (tokenizer.json), which is what workers tokenize with.")
+    return tokenizer
+
+
+def recipe(plan: Any, sources: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return all that decides the bytes, as the manifest has it, and the tokenizer as workers take it."""
+    tokenizer = load_tokenizer(plan.tokenizer)
+    table, serialized = tokenizer.get_vocab(), tokenizer.backend_tokenizer.to_str()
+    eos = plan.eos if plan.eos is not None else tokenizer.eos_token
+    if eos not in table:
+        raise ValueError(f"The text that ends a document must be one token of {plan.tokenizer}, got {eos!r}.")
+    size = max(table.values()) + 1
+    about = {"name": plan.tokenizer, "fingerprint": tokenizer_fingerprint(tokenizer), "vocabulary_size": size}
+    about |= {"sha256": hashlib.sha256(serialized.encode()).hexdigest(), "eos": eos, "eos_id": table[eos]}
+    arguments = ("validation", "by_subset", "shuffle_seed", "text_key", "shard_bytes")
+    return {
+        "format": FORMAT,
+        "tokenizer": about,
+        "sequence_length": plan.sequence_length,
+        # llm-foundry widens whatever integers it finds; torch reads uint16 but no other unsigned type as widely.
+        "dtype": "uint16" if size <= 1 << 16 else "int32",
+        "arguments": {name: getattr(plan, name) for name in arguments},
+        "sources": sources,
+    }, serialized
+
+
+def different(there: Any, here: Any, about: str = "") -> str:
+    """Say what differs, value by value."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = [different(there.get(key), here.get(key), f"{about} {key}") for key in here | there]
+        return "; ".join(filter(None, found))
+    return f"{about.strip()}: {json.dumps(there)} there, {json.dumps(here)} wanted" if there != here else ""
 
 
 def read_manifest(folder: str) -> tuple[dict[str, Any] | None, str]:
@@ -47,12 +96,30 @@ def read_manifest(folder: str) -> tuple[dict[str, Any] | None, str]:
         return None, f"its {MANIFEST} cannot be read as one of let-composer prepare ({type(error).__name__}: {error})"
 
 
-def check_manifest(
-    manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: int, cached: str | None = None
-) -> None:
-    """Refuse shards made for another tokenizer or length, and the index of other shards in the folder ``cached``."""
+def check_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse shards of another tokenizer or length, and caches of others: llm-foundry applies it to every run's config.
+
+    Each rank checks for itself: nodes have caches of their own. Shards without a manifest pass with a warning.
+    """
+    tokenizer = None
+    for folder, cached, max_seq_len in _shards(config) if config.get("tokenizer") else ():
+        manifest, why_not = read_manifest(folder)
+        if manifest:
+            try:
+                tokenizer = tokenizer or _build_tokenizer(**config["tokenizer"])
+            except (OSError, ValueError) as error:
+                why_not = f"the run's tokenizer cannot be built ({error})"
+            else:
+                _check(manifest, folder, tokenizer, max_seq_len, cached)
+        if why_not:
+            message = "Neither the tokenizer nor the sequence length of the shards in %s was checked: %s."
+            log.warning(message, folder, why_not)
+    return config
+
+
+def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: int, cached: str | None) -> None:
     if (got := manifest["sequence_length"]) != max_seq_len:
-        raise DataError(
+        raise ValueError(
             f"The shards in {folder} hold sequences of {got} tokens, but max_seq_len is {max_seq_len}. Set max_seq_len "
             f"to {got}, or prepare shards with --sequence-length {max_seq_len}."
         )
@@ -60,47 +127,17 @@ def check_manifest(
     ours = tokenizer_fingerprint(tokenizer, made["vocabulary_size"])  # tokens added since are in no shard
     if made["fingerprint"] != ours:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise DataError(
+        raise ValueError(
             f"The shards in {folder} were made with the tokenizer {made['name']!r} ({made['vocabulary_size']} tokens, "
             f"{made['fingerprint'][:19]}…), but the run's is {name!r} ({len(tokenizer)} tokens, {ours[:19]}…): the "
             "same ids mean other text. Use that tokenizer, or prepare shards with this one."
         )
     index, expected = Path(cached or "", "index.json"), manifest.get("index_sha256")
     if cached and expected and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:
-        raise DataError(
+        raise ValueError(
             f"{cached} holds the index of other shards than {folder}, from an earlier run: streaming would read those. "
             f"Remove it (rm -r {cached}), or name another folder as local."
         )
-
-
-def check_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Check the shards of all loaders of a training config: a transform that llm-foundry applies to every run.
-
-    Each rank checks for itself: nodes have caches of their own. Shards without a manifest pass with a warning.
-
-    Args:
-        config: A llm-foundry training config.
-
-    Returns:
-        The config as it came.
-
-    Raises:
-        ValueError: Shards made for another tokenizer or sequence length, or streaming's cache holds other shards.
-    """
-    tokenizer = None
-    for folder, cached, max_seq_len in _shards(config) if config.get("tokenizer") else ():
-        manifest, why_not = read_manifest(folder)
-        if manifest:
-            try:
-                tokenizer = tokenizer or _build_tokenizer(config["tokenizer"])
-            except (OSError, ValueError) as error:
-                why_not = f"the run's tokenizer cannot be built ({error})"
-            else:
-                check_manifest(manifest, folder, tokenizer, max_seq_len, cached)
-        if why_not:
-            message = "Neither the tokenizer nor the sequence length of the shards in %s was checked: %s."
-            log.warning(message, folder, why_not)
-    return config
 
 
 def _shards(config: dict[str, Any]) -> Iterator[tuple[str, str | None, int]]:
@@ -116,11 +153,10 @@ def _shards(config: dict[str, Any]) -> Iterator[tuple[str, str | None, int]]:
                     yield join(remote or local, split), cached, dataset["max_seq_len"]
 
 
-def _build_tokenizer(config: dict[str, Any]) -> Any:
+def _build_tokenizer(name: str, kwargs: dict[str, Any] | None = None, **_: Any) -> Any:
     from llmfoundry import registry
     from transformers import AutoTokenizer
 
     # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
-    name, kwargs = config["name"], config.get("kwargs") or {}
     make = registry.tokenizers.get if name in registry.tokenizers else None
-    return make(name)(**kwargs) if make else AutoTokenizer.from_pretrained(name, **kwargs)
+    return make(name)(**(kwargs or {})) if make else AutoTokenizer.from_pretrained(name, **(kwargs or {}))

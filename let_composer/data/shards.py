@@ -3,23 +3,22 @@
 import json
 import logging
 import re
-import shutil
+import tempfile
 import time
+import zipfile
 from collections import Counter
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from let_composer.data import DataError
-from let_composer.data.manifest import join
-from let_composer.data.plan import different
+from let_composer.data.manifest import MANIFEST, different
 from let_composer.data.streams import PILE_WEIGHTS
-from let_composer.data.tokens import PROBLEMS_KEPT, UNLABELLED
-from let_composer.files import replacing
+from let_composer.data.tokens import PROBLEMS_KEPT, SPLITS, UNLABELLED
+from let_composer.files import replacing, write_json
 
-__all__ = ["HASH", "Shards", "stream_folder", "upload"]
+__all__ = ["HASH", "Shards", "unfinished", "upload"]
 
 HASH = "xxh128"
 
@@ -38,19 +37,17 @@ class Shards:
         self.full = max(wanted["arguments"]["shard_bytes"] // sample_bytes, 1) * self.length
         self.rest: dict[str, np.ndarray] = {}  # the tokens of each stream that fill no shard yet
         self.saved, self.took = 0.0, 0.0
-        wanted = wanted | {"remote": remote}
         self.state: dict[str, Any] = {"wanted": wanted, "done": [-1, -1], "problems": [], "counts": {}, "streams": {}}
+        kept = unfinished(file)
+        if not kept and (there := next(filter(Path.exists, (folder, file)), None)):
+            raise ValueError(f"{there} is wanted for unfinished work, but holds something else. Choose another --out.")
         if not folder.exists():
             self.save()
             folder.mkdir()
             return
-        if not file.exists():
-            raise DataError(f"{folder} is wanted for unfinished work, but holds something else. Choose another --out.")
-        with np.load(file) as arrays:
-            self.rest = dict(arrays)
-        self.state = json.loads(self.rest.pop("state").item())
+        self.state, self.rest = json.loads(kept.pop("state").item()), kept
         if differs := different(self.state["wanted"], wanted):
-            raise DataError(
+            raise ValueError(
                 f"{folder} holds the unfinished work of another call ({differs:.600}). Finish that call, or remove "
                 f"it: rm -r {folder}"
             )
@@ -63,13 +60,7 @@ class Shards:
         self.saved = time.monotonic()
         self.took = self.saved - started
 
-    def add(
-        self,
-        place: list[int],
-        found: dict[str, tuple[int, int, np.ndarray]],
-        problems: list[str],
-        counts: Counter[str],
-    ) -> None:
+    def add(self, place: list[int], found: dict[str, Any], problems: list[str], counts: Counter[str]) -> None:
         """Take what ``tokenize`` made of the piece at ``place``, and write the shards that it fills."""
         for stream, documents in found.items():
             self._append(stream, *documents)
@@ -91,7 +82,38 @@ class Shards:
             tokens = tokens[self.full :]
         self.rest[stream] = tokens
 
-    def finish(self, stream: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    def finish(self, manifest: dict[str, Any], seed: int | None) -> None:
+        """Complete ``manifest``, and write all that is not there yet, the shards in an order that ``seed`` decides."""
+        state, indexes = self.state, {}
+        manifest["problems"] = {"counts": dict(sorted(state["counts"].items())), "first": state["problems"]}
+        manifest["streams"] = {}
+        for subset in sorted({stream.rpartition("/")[0] for stream in state["streams"]}):
+            splits = {}
+            for split in SPLITS:
+                splits[split], written = self._close(f"{subset}/{split}")
+                if seed is not None:
+                    written = [written[i] for i in np.random.default_rng(seed).permutation(len(written))]
+                if written:
+                    index = json.dumps({"version": 2, "shards": written}, sort_keys=True)
+                    indexes[stream_folder(f"{subset}/{split}")] = index
+            manifest["streams"][subset] = {"folder": stream_folder(f"{subset}/").rstrip("/"), "splits": splits}
+        trains = [about["splits"]["train"] for about in manifest["streams"].values()]
+        if not any(train["samples"] for train in trains):
+            tokens = sum(train["tokens_left_over"] for train in trains)
+            raise ValueError(
+                f"The input holds {tokens} tokens for training, less than one sequence of {self.length}. "
+                "Give more text or a smaller --sequence-length."
+            )
+        for folder, index in indexes.items():
+            (self.folder / folder / "index.json").write_text(index)
+            write_json(self.folder / folder / MANIFEST, manifest | {"index_sha256": sha256(index.encode()).hexdigest()})
+        write_json(self.folder / MANIFEST, manifest)
+        if self.remote:
+            # An index after its manifest, and last what says that all is there: a reader finds the whole or nothing.
+            files = [f"{folder}/{name}" for folder in indexes for name in (MANIFEST, "index.json")]
+            upload(self.folder, self.remote, [*files, MANIFEST])
+
+    def _close(self, stream: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Write the last samples of a stream; returns what the manifest says about it, and its shards."""
         self._append(stream, 0, 0, np.empty(0, self.dtype))  # it may hold no document
         about, tokens = self.state["streams"][stream], self.rest[stream]
@@ -105,23 +127,28 @@ class Shards:
     def _write(self, stream: str, tokens: np.ndarray) -> None:
         from streaming import MDSWriter
 
-        partial, folder = self.folder / "shard.writing", stream_folder(stream)
-        shards = self.state["streams"][stream]["shards"]
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed call
+        folder, shards = stream_folder(stream), self.state["streams"][stream]["shards"]
+        (self.folder / folder).mkdir(parents=True, exist_ok=True)
         columns = {"tokens": f"ndarray:{self.dtype}:{self.length}"}
-        writer = MDSWriter(columns=columns, out=str(partial), compression="zstd", hashes=[HASH], size_limit=None)
-        writer.shards = shards  # it numbers its files by them
+        with tempfile.TemporaryDirectory() as empty:  # it takes no other
+            writer = MDSWriter(columns=columns, out=empty, compression="zstd", hashes=[HASH], size_limit=None)
+        writer.local, writer.shards = str(self.folder / folder), shards  # it numbers its files by them
         for sample in tokens.reshape(-1, self.length):
             writer.write({"tokens": sample})
         writer.flush_shard()  # not finish, which writes an index that is not wanted
         writer.executor.shutdown()
-        file = shards[-1]["zip_data"]["basename"]
         if self.remote:
-            upload(partial, join(self.remote, folder), [file])
-        else:
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
-            (partial / file).replace(self.folder / folder / file)
-        shutil.rmtree(partial)
+            file = f"{folder}/{shards[-1]['zip_data']['basename']}"
+            upload(self.folder, self.remote, [file])
+            (self.folder / file).unlink()
+
+
+def unfinished(file: Path) -> dict[str, Any]:
+    """Read what ``Shards`` keeps in a file; nothing of a file that is not there or another's."""
+    if not zipfile.is_zipfile(file):
+        return {}
+    with np.load(file) as arrays:
+        return dict(arrays) if "state" in arrays else {}
 
 
 def stream_folder(stream: str) -> str:
@@ -143,7 +170,7 @@ def upload(root: Path, remote: str, files: list[str]) -> None:
         for file in files:
             uploader.upload_file(file)
     except Exception as error:  # each store has its own
-        raise DataError(
+        raise ValueError(
             f"Cannot upload to {remote}: {type(error).__name__}: {error}. Check name, keys and network, and call "
             "again: what is finished is kept."
         ) from error

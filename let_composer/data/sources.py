@@ -2,16 +2,15 @@
 
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
-
-from let_composer.data import DataError
 
 __all__ = ["Piece", "list_sources", "read_pieces"]
 
@@ -30,25 +29,25 @@ class Piece(NamedTuple):
 
 
 def list_sources(inputs: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """Find all files of files, folders, globs and URLs, in a fixed order, links followed, hub data sets pinned.
+    """Find all files of files, folders, globs and URLs, in a fixed order, hub data sets pinned.
 
     Returns:
         For each file its bytes (0 where a web server does not say) and its version: its time of change, or what its
-        store calls its content. How many files and folders were left out, for each reason.
+        store calls its content. How many files were left out, for each reason.
     """
     sources, left_out = {}, Counter()
     for name in inputs:
         try:
             found = dict(_find(name, left_out))
         except (OSError, ImportError, ValueError) as error:  # each store has its own
-            raise DataError(f"Cannot list {name}: {error}") from error
+            raise ValueError(f"Cannot list {name}: {error}") from error
         if not found:
-            raise DataError(
+            raise ValueError(
                 f"Nothing to read at {name}. Expected files that end in {', '.join(ENDINGS)}, folders of them, or URLs "
                 "for fsspec, such as s3://BUCKET/FOLDER or hf://datasets/NAME[@REVISION]/FOLDER/*.parquet."
             )
         if twice := sorted(sources.keys() & found.keys()):
-            raise DataError(f"Named more than once: {twice[0]}. Its documents would be repeated.")
+            raise ValueError(f"Named more than once: {twice[0]}. Its documents would be repeated.")
         sources |= found
     return sources, dict(sorted(left_out.items()))
 
@@ -63,35 +62,36 @@ def _find(name: str, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, An
         commit = HfApi().repo_info(place.repo_id, revision=place.revision, repo_type=place.repo_type).sha
         root = f"{place.repo_type}s/{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
     tops = [root] if fs.exists(root) else glob.glob(root, recursive=True) if local else fs.glob(root)
-    seen = set()
-    for path in sorted(path for top in tops for path in _walk(fs, top, seen, left_out)):
-        if not path.lower().endswith(ENDINGS):
+    web = name.startswith("http")  # where only asking for all of a file would tell it from a page of links
+    found = dict[str, str]()
+    for top in tops:
+        files = [top] if web and top.lower().endswith(ENDINGS) else _walk(top, left_out) if local else fs.find(top)
+        found |= dict.fromkeys(files, top)
+    for path, top in sorted(found.items()):
+        if "/." in f"/{path.removeprefix(top)}":
+            left_out["hidden"] += 1
+        elif local and not os.path.isfile(path):
+            raise ValueError(f"{path} leads to {os.path.realpath(path)}, which is no file. Remove it, or mend it.")
+        elif not path.lower().endswith(ENDINGS):
             left_out["of no format that is read"] += 1
-        elif local and not os.path.exists(path):
-            left_out["links to nothing"] += 1
         else:
             info = fs.info(path)
             version = next((str(info[k]) for k in ("mtime", "LastModified", "ETag", "blob_id") if info.get(k)), "")
             yield path if local else fs.unstrip_protocol(path), {"bytes": info["size"] or 0, "version": version}
 
 
-def _walk(fs: Any, top: str, seen: set[str], left_out: Counter[str]) -> Iterator[str]:
-    if not fs.isdir(top):
+def _walk(top: str, left_out: Counter[str]) -> Iterator[str]:
+    """The file, or all files of the folder, each folder once; follows links, as fsspec does not."""
+    if not os.path.isdir(top):
         yield top
-        return
-    local = "file" in fs.protocol  # fsspec follows no links
-    for folder, folders, files in os.walk(top, followlinks=True) if local else fs.walk(top):
-        place = os.path.realpath(folder) if local else folder
-        if place in seen:
+    seen = set[str]()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
             left_out["links to a folder that is read"] += 1
             folders.clear()
             continue
         seen.add(place)
-        for path in (f"{folder}/{file}" for file in files):
-            if "/." in path.removeprefix(top):
-                left_out["hidden"] += 1
-            else:
-                yield path
+        yield from (os.path.join(folder, file) for file in files)
 
 
 def read_pieces(source: str, piece_bytes: int, text_key: str) -> Iterator[Piece]:
@@ -100,41 +100,42 @@ def read_pieces(source: str, piece_bytes: int, text_key: str) -> Iterator[Piece]
     from backports import zstd
 
     fs, path = fsspec.core.url_to_fs(source)
-    buffer, line, damage = bytearray(), 1, None
-    with fs.open(path, "rb") as file:
+    lines, size, first, damage = [], 0, 1, None
 
-        def piece(end: int) -> Piece:
-            nonlocal line
-            made = Piece(source, line, bytes(buffer[:end]), file.tell(), damage)
-            line += made.payload.count(b"\n")
-            del buffer[:end]
-            return made
-
+    def read(*size: int) -> bytes:
         try:
-            for block in _rows(file, source, text_key) if path.lower().endswith(".parquet") else _blocks(file, path):
-                buffer += block
-                while end := buffer.find(b"\n", max(piece_bytes - 1, len(buffer) - len(block))) + 1:
-                    yield piece(end)
+            return from_store(*size)
+        except Exception as error:  # each store has its own; an OSError from pyarrow itself is a damaged page
+            raise ValueError(f"Cannot read {source}: {error}. Put that right and call again.") from error
+
+    with fs.open(path, "rb") as file:
+        from_store, file.read = file.read, read
+        # Kept by name: a reader that nothing holds closes the file.
+        reader = _rows(file, source, text_key) if path.lower().endswith(".parquet") else _lines(file, path)
+        try:
+            for line in reader:
+                lines.append(line)
+                size += len(line)
+                if size >= piece_bytes:
+                    yield Piece(source, first, b"".join(lines), file.tell(), None)
+                    first, lines, size = first + len(lines), [], 0
         except EOFError as error:
             damage = "truncated file", str(error)
         except (gzip.BadGzipFile, zlib.error, zstd.ZstdError, pyarrow.ArrowException) as error:
             damage = "corrupt file", str(error)
-        if damage:  # what follows the last line end is half a document
-            del buffer[buffer.rfind(b"\n") + 1 :]
-        if buffer or damage:
-            yield piece(len(buffer))
+        if lines or damage:
+            yield Piece(source, first, b"".join(lines), file.tell(), damage)
 
 
-def _blocks(file: Any, path: str) -> Iterator[bytes]:
+def _lines(file: Any, path: str) -> Iterable[bytes]:
     from backports import zstd
 
+    buffered = io.BufferedReader(file, 1 << 20)  # fsspec's own lines are slow
     if path.lower().endswith(".gz"):
-        file = gzip.GzipFile(fileobj=file)
-    elif path.lower().endswith((".zst", ".zstd")):  # the Pile's files use long windows
-        file = zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
-    read = getattr(file, "read1", file.read)  # all that is good before the damage
-    while block := read(1 << 20):
-        yield block
+        return gzip.GzipFile(fileobj=buffered)
+    if path.lower().endswith((".zst", ".zstd")):  # the Pile's files use long windows
+        return zstd.ZstdFile(buffered, options={zstd.DecompressionParameter.window_log_max: 31})
+    return buffered
 
 
 def _rows(file: Any, source: str, text_key: str) -> Iterator[bytes]:
@@ -147,7 +148,7 @@ def _rows(file: Any, source: str, text_key: str) -> Iterator[bytes]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         if text_key not in (names := table.schema_arrow.names):
-            raise DataError(f"{source} has no column {text_key!r}: --text-key must be one of {', '.join(names)}.")
+            raise ValueError(f"{source} has no column {text_key!r}: --text-key must be one of {', '.join(names)}.")
         names = [name for name in names if name in (text_key, "meta", "pile_set_name")]
         for batch in table.iter_batches(batch_size=256, columns=names):
             # As bytes, so that a row that is not UTF-8 costs no other.

@@ -4,8 +4,7 @@ from typing import Any
 
 import yaml
 
-from let_composer.data import DataError
-from let_composer.data.manifest import join
+from let_composer.data.manifest import is_remote, join
 
 __all__ = ["PILE_WEIGHTS", "check_proportions", "streams_block"]
 
@@ -24,19 +23,16 @@ PILE_WEIGHTS = {
 def check_proportions(proportions: dict[str, float] | None, found: set[str], complete: bool = False) -> None:
     """Refuse proportions that do not fit the subsets found so far or, if ``complete``, all of them."""
     if proportions and (missing := sorted(found - set(proportions))):
-        raise DataError(f"No proportion for {', '.join(missing)}, which the input holds. Expected one for each subset.")
+        raise ValueError(f"No proportion for {', '.join(missing)}, which the input holds. Give one for each subset.")
     if complete and (unknown := sorted(set(proportions or ()) - found)):
-        raise DataError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(found))}.")
+        raise ValueError(f"No subset {', '.join(unknown)} in the input, which holds {', '.join(sorted(found))}.")
 
 
 def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, float] | None = None) -> str:
-    """Write the ``streams:`` block for ``train_loader.dataset`` of a llm-foundry YAML.
+    """Write the ``streams:`` block for shards that the training machines see at ``out``.
 
-    Args:
-        manifest: What ``convert`` returned.
-        out: Where the shards are, as the training machines see it.
-        proportions: Share of each subset in the tokens that are trained on. Default: the Pile's published shares, which
-            are of bytes, turned into tokens, when all subsets are the Pile's, and else their token counts.
+    ``proportions`` are of the tokens that are trained on. The default is the Pile's published shares, which are of
+    bytes, turned into tokens, when all subsets are the Pile's, and else their token counts.
     """
     trains = {name: about["splits"]["train"] for name, about in manifest["streams"].items()}
     trains = {name: train for name, train in sorted(trains.items()) if train["samples"]}
@@ -46,12 +42,12 @@ def streams_block(manifest: dict[str, Any], out: str, proportions: dict[str, flo
         weights = {name: PILE_WEIGHTS[name] / train["bytes"] for name, train in trains.items()}
     shares = proportions or {name: weights[name] * train["tokens"] for name, train in trains.items()}
     text = "# For train_loader.dataset of a llm-foundry YAML, in place of its local, remote and split.\n"
-    if "://" in out:
+    if is_remote(out):
         text += "# Name a folder on each machine's own disk in variables.cache; cache_limit beside streams bounds it.\n"
     streams = {}
     for name in trains:
         folder = manifest["streams"][name]["folder"]
         where, key = join(out, folder), folder or "all"
-        place = {"remote": where, "local": f"${{variables.cache}}/{key}"} if "://" in out else {"local": where}
+        place = {"remote": where, "local": f"${{variables.cache}}/{key}"} if is_remote(out) else {"local": where}
         streams[key] = {**place, "split": "train", "proportion": float(f"{shares[name] / sum(shares.values()):.6g}")}
     return text + yaml.safe_dump({"streams": streams}, sort_keys=False)

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from let_composer.data import DataError
-from let_composer.data.plan import Plan
 from let_composer.data.sources import Piece
 
 __all__ = ["PROBLEMS_KEPT", "SPLITS", "UNLABELLED", "start_worker", "tokenize"]
@@ -27,12 +25,12 @@ UNLABELLED = "unlabelled"
 PROBLEMS_KEPT = 100
 LONGEST = 64 << 20  # bytes of a document, which takes up to 100 times its size in memory
 
-_plan: Plan
+_plan: Any
 _tokenizer: Any
 _form: tuple[int, str]
 
 
-def start_worker(plan: Plan, tokenizer: str, eos_id: int, dtype: str) -> None:
+def start_worker(plan: Any, tokenizer: str, eos_id: int, dtype: str) -> None:
     """Prepare a process that outlives no killed parent; only the parent answers Ctrl-C, which reaches both."""
     global _plan, _tokenizer, _form
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -47,12 +45,7 @@ def start_worker(plan: Plan, tokenizer: str, eos_id: int, dtype: str) -> None:
 
 
 def tokenize(piece: Piece) -> tuple[dict[str, tuple[int, int, np.ndarray]], list[str], Counter[str]]:
-    """Tokenize a piece.
-
-    Returns:
-        For each ``"subset/split"`` in it: documents, their bytes, and their ids with the end of each. The first of what
-        could not be read, and how much of each kind there was.
-    """
+    """Return documents, their bytes and ids for each ``"subset/split"``; what could not be read; how much of a kind."""
     (eos_id, dtype), problems, counts = _form, [], Counter()
     streams: dict[str, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for stream, text, size in _documents(piece, problems, counts):
@@ -72,7 +65,7 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
     def problem(line: int, kind: str, message: str) -> None:
         found = f"{piece.path}, line {line}: {kind}: {message[:200]}"
         if _plan.on_error == "stop":
-            raise DataError(found)
+            raise ValueError(found)
         counts[kind] += 1
         if len(problems) < PROBLEMS_KEPT:
             problems.append(found)

