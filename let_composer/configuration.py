@@ -108,7 +108,10 @@ def merge(configs: Iterable[Any]) -> DictConfig:
 def _expand(algorithms: Any) -> dict[str, Any]:
     """Names to arguments, from a name, a list or a mapping. A name alone has no arguments; null stays null."""
     if isinstance(algorithms, DictConfig):
-        algorithms = [{name: arguments} for name, arguments in algorithms.items()]
+        try:
+            algorithms = [{name: arguments} for name, arguments in algorithms.items()]
+        except OmegaConfBaseException as error:
+            raise ValueError(f"algorithms cannot be read: {error}. Interpolate single arguments alone.") from error
     expanded: dict[str, Any] = {}
     for item in algorithms or [] if isinstance(algorithms, (list, ListConfig, type(None))) else [algorithms]:
         named = {item: {}} if isinstance(item, str) else item
