@@ -74,6 +74,14 @@ def test_a_yaml_with_a_base_is_a_difference_from_it(tmp_path):
     (tmp_path / "last.yaml").write_text("base: in/other.yaml\nseed: 3\n")
     found = om.to_container(load(str(tmp_path / "last.yaml"), ["algorithms.let.stop=2ba"]))
     assert found == {"max_duration": "4ba", "seed": 3, "algorithms": {"let": {"weight": 0.3, "stop": "2ba"}}}
+    for second, message in (
+        ("algorithms: {rkd: }", "no 'rkd' that null could remove. To add it, write rkd: {}"),
+        ("base: whole.yaml", "only the first YAML may have a base"),
+        ("algorithms: {rkd: '${nowhere}'}", "Interpolate single arguments alone"),
+    ):
+        (tmp_path / "second.yaml").write_text(second)
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path / "last.yaml"), [str(tmp_path / "second.yaml")])
     write(tmp_path / "whole.yaml", " let\nbase: last.yaml")
     with pytest.raises(ValueError, match="last.yaml ends up as its own base. Leave base out of whole.yaml"):
         load(str(tmp_path / "last.yaml"), [])
