@@ -117,9 +117,8 @@ def make_plan(
         microbatch = batch // gpus if given == "auto" else min(int(given), batch // gpus)
         while True:  # auto halves the microbatch until it fits, as Composer does
             student = count_student(student_model, microbatch, length, fused)
-            projected = round(
-                microbatch * max((m.projected(length) for m in methods.values()), default=0) * context / length
-            )
+            share = max((m.projected(length) for m in methods.values()), default=0) / length
+            projected = round(microbatch * context * share)
             teacher = count_teacher(body, microbatch, context, projected) if body is not None else None
             distills = bool(methods.keys() - {"let"})
             parts = memory(config, gpus, student, teacher, placement, microbatch * length, dtype, distills)
