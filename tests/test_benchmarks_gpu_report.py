@@ -96,7 +96,7 @@ def test_every_part_is_a_command_that_exists(tmp_path, flash, monkeypatch):
     assert "evidence-125m" not in [part.name for part in script.parts(tmp_path, "h200", flash, 139)]
     monkeypatch.setattr(script, "DATA", tmp_path)
     found = script.parts(tmp_path, "h200", flash, 139)
-    assert [part.name for part in found][:4] == ["ceilings", "kernel-tests", "loss", "step-1b4"]
+    assert [part.name for part in found][:3] == ["kernel-tests", "loss", "step-1b4"]
     assert found[-1].name == "evidence-125m" and found.pop().command[-1].startswith("variables.attention") == flash
     for part in found:
         for word in part.command:
@@ -107,7 +107,7 @@ def test_every_part_is_a_command_that_exists(tmp_path, flash, monkeypatch):
 @pytest.mark.slow
 def test_a_rehearsal(tmp_path):
     """What shares code with nothing else here; by hand, all parts are rehearsed where the device's packages are."""
-    names = ["ceilings", "loss", "toy-data", "evidence-125m"]
+    names = ["loss", "toy-data", "evidence-125m"]
     command = [sys.executable, script.__file__, "--rehearse", "--out", str(tmp_path / "report"), "--only", *names]
     tools = [tool for folder in os.environ["PATH"].split(os.pathsep) for tool in Path(folder).glob("*")]
     (tmp_path / "bin").mkdir()
@@ -119,5 +119,5 @@ def test_a_rehearsal(tmp_path):
     assert result.returncode == 0, result.stdout + page
     for name in names:
         assert f"## {name}: done" in page
-    assert "loss/loss.png)" in page and "evidence-125m/SmolLM2-135M.png)" in page and "only a GPU can show" in page
+    assert "loss/loss.png)" in page and "evidence-125m/SmolLM2-135M.png)" in page
     assert "## What guidance saves" in (tmp_path / "report-rehearsal" / "evidence-125m" / "report.md").read_text()
