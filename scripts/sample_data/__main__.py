@@ -186,11 +186,10 @@ def build_text(out: Path, tier: str) -> Path:
         seen: set[str] = set()
         count = size = 0
         for subset, read, *limits in SUBSETS:
-            documents, limit = [], limits[tier == "large"]
-            for text in map(str.strip, read(out / ".downloads") if limit else ()):
-                if text and text not in seen:
-                    seen.add(text)
-                    documents.append(text)
+            limit = limits[tier == "large"]
+            found = dict.fromkeys(map(str.strip, read(out / ".downloads") if limit else ()))
+            documents = [text for text in found if text and text not in seen]
+            seen.update(documents)
             name = re.sub(r"[^a-z0-9]+", "-", subset.lower()).strip("-")
             with zstd.open(folder / f"{name}.jsonl.zst", "at", level=6, encoding="utf-8") as file:
                 for text in thin(documents, limit):
@@ -268,16 +267,12 @@ def save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
 
 def train_bpe(texts: list[str], vocab_size: int, folder: Path) -> None:
     """Train a byte-level BPE and save it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.implementations import ByteLevelBPETokenizer
 
-    bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|padding|>"]
-    settings: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
-    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(**settings))
-    save_tokenizer(bpe, folder, eos_token=special[0], pad_token=special[1])
+    special: list[Any] = ["<|endoftext|>", "<|padding|>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
+    save_tokenizer(bpe._tokenizer, folder, eos_token=special[0], pad_token=special[1])
 
 
 def build_tokenizer(out: Path, vocab_size: int) -> Path:
