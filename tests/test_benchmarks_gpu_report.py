@@ -69,7 +69,7 @@ def test_failures_time_limits_and_the_end_of_time_are_told(report, capsys):
     assert report({"a": late}) == 1
     page = (report.out / "report.md").read_text()
     assert "## a: ran out of time" in page and "kept what there was" in page  # it is asked before it is killed
-    assert report({"b": "pass"}, "--minutes", "0.04") == 1  # less than its limit
+    assert report({"b": "pass"}, "--minutes", "0.04") == 1
     assert "b: no time left" in capsys.readouterr().out
 
 

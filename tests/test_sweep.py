@@ -71,16 +71,13 @@ def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experime
     assert [job.name for job in sweep.plan(experiment, [9], ["pl*"])] == ["plain-s9"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_patterns_that_match_nothing_are_not_silent(experiment):
+    for arguments, message in (
         (["--only", "plane*"], r"no arm matches 'plane\*' .did you mean 'plain'.*There are"),
         (["--tables", "nosuch"], "no table matches 'nosuch'"),
-    ],
-)
-def test_patterns_that_match_nothing_are_not_silent(experiment, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        sweep.main(["experiment.yaml", *arguments, "--list"])
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep.main(["experiment.yaml", *arguments, "--list"])
 
 
 def test_settings_and_folder_from_the_command_line(experiment):

@@ -4,10 +4,9 @@
     python scripts/benchmarks/gpu_report.py --rehearse      # the whole chain at toy size on a CPU, in a few minutes
 
 Each part is a program of its own with a time limit. What it leaves in OUT is kept, and a part that has succeeded with
-these sources on this device is not run again; one that cannot end in the minutes left is not started, unless it goes
-on by itself where it was cut off. After every part OUT/report.md, OUT/report.json and the archive are rewritten; carry
-the archive to the next machine, and the same command goes on there. The evidence needs the data that
-yamls/evidence/evidence_125m.yaml tells how to make.
+these sources on this device is not run again. The loss benchmark and the evidence go on where they were cut off. After
+every part OUT/report.md, OUT/report.json and the archive are rewritten; carry the archive to the next machine, and the
+same command goes on there. The evidence needs the data that yamls/evidence/evidence_125m.yaml tells how to make.
 """
 
 import argparse
@@ -49,7 +48,6 @@ class Part:
     command: list[str]
     limit: int
     toy: str = ""
-    resumes: bool = False  # goes on where it was cut off
 
 
 def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: bool = False) -> list[Part]:
@@ -64,7 +62,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     def loss(name: str, *options: str) -> Part:
         toy = "--device cpu --implementation torch --pairs 48/24 --tokens 8 --repeats 2"
         command = [f"{FOLDER}/loss.py", "--out", str(out / name), *options]
-        return Part(name, command, 420, toy, resumes=True)
+        return Part(name, command, 420, toy)
 
     def step(size: str, batch: int, micro: Any, name: str = "") -> Part:
         name = name or f"step-{size}"
@@ -97,7 +95,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     if rehearse:
         found.append(Part("toy-data", [f"{FOLDER}/toy_data.py", str(out / "toy")], 120))
     if rehearse or (ROOT / DATA).exists():  # last: it fills whatever time is left
-        found.append(Part("evidence-125m", command, 3600, toy, resumes=True))
+        found.append(Part("evidence-125m", command, 3600, toy))
     return found
 
 
@@ -128,7 +126,7 @@ def run(part: Part, out: Path, environment: dict[str, Any], seconds: float) -> d
         "exit": -1 if timed_out else code,
         "seconds": round(time.time() - start, 1),
         "environment": environment,
-        "tail": log.read_text(errors="replace")[-3000:],
+        "tail": log.read_text(errors="replace")[-6000:],
     }
     write(out / f"{part.name}.result.json", result)
     return result
@@ -188,7 +186,7 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
         left = end - time.time()
         if result.get("exit") == 0 and result["environment"] == environment:
             print(f"{part.name}: done before.", flush=True)
-        elif left < (3 * GRACE if part.resumes else part.limit):
+        elif left < 3 * GRACE:
             print(f"{part.name}: no time left. Call again to go on.", flush=True)
             missing.append(part.name)
             continue

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -63,13 +64,8 @@ def compiling(architecture: int) -> Iterator[list]:
 
     device = {"device": architecture, "stream": 0, "target": GPUTarget("cuda", architecture, 32)}
     functions: Any = SimpleNamespace(**{f"get_current_{name}": lambda *_, v=v: v for name, v in device.items()})
-    driver.set_active(functions)
-    triton.JITFunction.run = compile_only  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with patch.object(driver, "active", functions), patch.object(triton.JITFunction, "run", compile_only):
         yield found
-    finally:
-        triton.JITFunction.run = run
-        driver.reset_active()
 
 
 def compile_report(
@@ -253,7 +249,8 @@ def benchmark(options: argparse.Namespace) -> dict:
         print(*cell.values(), *(f"{row['pass']} {row['ms']:.4f} ms" for row in rows), flush=True)
         write_json(path, report)
     table: Any = pd.DataFrame(report["results"])
-    table = table.pivot(index=["pair", "tokens", "pass"], columns="method", values=["ms", "share"])
+    values = [name for name in ("ms", "share", "host_ms", "peak_extra_mib") if name in table]
+    table = table.pivot(index=["pair", "tokens", "pass"], columns="method", values=values)
     print(table.to_string(float_format="{:.3g}".format))
     return report
 

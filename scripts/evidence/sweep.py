@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,7 @@ from let_composer.configuration import merge, read_bases, read_yaml
 from let_composer.files import replacing
 from let_composer.names import nearest
 
-__all__ = ["Job", "Row", "against", "draw", "main", "plan", "read", "run", "tables"]
+__all__ = ["Job", "against", "draw", "main", "plan", "read", "run", "tables"]
 
 MARK = "<!-- From here on scripts/evidence/sweep.py writes. -->"
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -183,25 +184,14 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
     return [job.name for job in waiting if job.name in failed]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One arm against its baseline, over the seeds that both have done; shares are of the baseline's tokens."""
-
-    group: str  # table or method
-    arm: str  # by its name for people
-    seeds: int
-    loss: dict[str, float] | None  # at the end
-    gain: dict[str, float] | None  # the baseline's final loss minus the arm's of the same seed; None for the baseline
-    share: dict[str, float] | None  # until the baseline's final loss
-    passes: dict[str, float] | None  # until the teacher's final loss
-    lead: float | None  # of the teacher: the baseline's final loss minus its own, in nats; None if not trained here
-
-
 Arms = dict[str, dict[int, Job]]  # the runs that are done, by arm and seed
 
 
-def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job], runs: Path, every: Arms) -> Row:
-    """Set an arm's runs against a baseline's. The baseline itself has the teacher of ``every`` arm, if it is one."""
+def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job], runs: Path, every: Arms) -> Any:
+    """A row: one arm against its baseline, over the seeds that both have done.
+
+    The baseline itself has the teacher of ``every`` arm, if it is one. Shares are of the baseline's tokens.
+    """
     seeds = sorted(baseline.keys() & own.keys())
     teacher = _teacher(every if own is baseline else {arm: own})
     found = {str(n): [_read(runs / of[seed].name) for seed in seeds] for n, of in enumerate((baseline, own))}
@@ -214,12 +204,12 @@ def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job],
     is_itself = own is baseline
     ends = [[seed["final_loss"] for seed in row["seeds"]] for row in summary["arms"]]
     gains = [None if end is None else start - end for start, end in zip(*ends, strict=True)]
-    return Row(
-        group=group,
-        arm=arm,
+    return SimpleNamespace(
+        group=group,  # table or method
+        arm=arm,  # by its name for people
         seeds=len(seeds),
         loss=reached["final_loss"],
-        gain=None if is_itself else comparing.spread(gains),
+        gain=None if is_itself else comparing.spread(gains),  # in final loss, against the same seed
         share=comparing.spread([1.0] * len(seeds)) if is_itself else share("tokens_to_baseline_loss"),
         passes=share("tokens_to_teacher_loss"),
         lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"] if teacher else None,
@@ -254,11 +244,11 @@ def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*")
         if job.arm and job.done(runs):
             done[job.arm][job.config.seed] = job
 
-    def rows(group: str, baseline: dict[int, Job], arms: dict[str, str]) -> tuple[list[Row], Arms]:
+    def rows(group: str, baseline: dict[int, Job], arms: dict[str, str]) -> tuple[list[Any], Arms]:
         beside = {label: done[arm] for label, arm in arms.items() if done[arm].keys() & baseline.keys()}
         return [against(group, label, baseline, own, runs, beside) for label, own in beside.items()], beside
 
-    lines, sections = list[Row](), list[str]()
+    lines, sections = list[Any](), list[str]()
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
             continue
@@ -285,7 +275,7 @@ def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*")
             partial.write_text("\n".join([written.partition(MARK)[0] + MARK, "", _conditions(), "", *sections]))
 
 
-def _markdown(rows: list[Row]) -> str:
+def _markdown(rows: list[Any]) -> str:
     groups = pd.Series([row.group for row in rows])
     cells = {
         "": groups.map("**{}**".format).where(~groups.duplicated(), ""),
@@ -300,7 +290,7 @@ def _markdown(rows: list[Row]) -> str:
     return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
 
 
-def draw(points: list[Row], out: Path) -> None:
+def draw(points: list[Any], out: Path) -> None:
     """Write OUT.png and OUT.svg: how much of the baseline's tokens is needed, over the teacher's lead."""
     import matplotlib
 
