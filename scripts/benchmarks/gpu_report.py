@@ -1,13 +1,12 @@
-"""Every GPU measurement of the project behind one command: ceilings, tests, kernels, steps, runs. One page comes out.
+"""Every GPU measurement of the project behind one command: tests, kernels, steps, runs. One page comes out.
 
     python scripts/benchmarks/gpu_report.py --gpu h100 --minutes 9 --archive runs/gpu_report.tar.gz [--only tests loss]
     python scripts/benchmarks/gpu_report.py --rehearse      # the whole chain at toy size on a CPU, in a few minutes
 
 Each part is a program of its own with a time limit. What it leaves in OUT is kept, and a part that has succeeded with
-these sources on this device is not run again; one that cannot end in the minutes left is not started, unless it goes
-on by itself where it was cut off. After every part OUT/report.md, OUT/report.json and the archive are rewritten; carry
-the archive to the next machine, and the same command goes on there. The evidence needs the data that
-yamls/evidence/evidence_125m.yaml tells how to make.
+these sources on this device is not run again. The loss benchmark and the evidence go on where they were cut off. After
+every part OUT/report.md, OUT/report.json and the archive are rewritten; carry the archive to the next machine, and the
+same command goes on there. The evidence needs the data that yamls/evidence/evidence_125m.yaml tells how to make.
 """
 
 import argparse
@@ -43,45 +42,41 @@ TOY = f"{SMALL} max_seq_len=32 algorithms.let.teacher=EleutherAI/pythia-14m glob
 
 @dataclass
 class Part:
-    """One measurement: a command, how long it may take in seconds, what a rehearsal adds, what a GPU alone shows."""
+    """One measurement: a command, how long it may take in seconds, what a rehearsal adds."""
 
     name: str
     command: list[str]
     limit: int
     toy: str = ""
-    gpu: str = ""
-    resumes: bool = False  # goes on where it was cut off
 
 
 def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: bool = False) -> list[Part]:
     """What is to be run, most wanted first. Without flash-attn attention keeps ``[S, S]`` matrices, so batches are
     small; a rehearsal makes its own data."""
 
-    def tests(name: str, file: str, limit: int, shows: str) -> Part:
+    def tests(name: str, file: str, limit: int) -> Part:
         many = ["-n", "8"] if importlib.util.find_spec("xdist") and not rehearse else []
         command = ["-m", "pytest", "-m", "gpu", file, "-q", "-W", "ignore", "-p", "no:cacheprovider", *many]
-        return Part(name, [*command, f"--junitxml={out / name}.xml"], limit, gpu=shows)
+        return Part(name, [*command, f"--junitxml={out / name}.xml"], limit)
 
     def loss(name: str, *options: str) -> Part:
         toy = "--device cpu --implementation torch --pairs 48/24 --tokens 8 --repeats 2"
         command = [f"{FOLDER}/loss.py", "--out", str(out / name), *options]
-        return Part(name, command, 420, toy, "times, shares of the copy bandwidth, Triton against torch", resumes=True)
+        return Part(name, command, 420, toy)
 
     def step(size: str, batch: int, micro: Any, name: str = "") -> Part:
         name = name or f"step-{size}"
         command = [f"{FOLDER}/step.py", f"yamls/let_{size}.yaml", *([] if has_flash else PLAIN)]
         command += [f"global_train_batch_size={batch}", f"device_train_microbatch_size={micro}", "--gpu", gpu]
         toy = f"{TOY} device_train_microbatch_size=1 --rounds 2 --steps 3"
-        shows = "times, memory, utilisation" + (", the search for a microbatch" if micro == "auto" else "")
-        return Part(name, [*command, "--out", str(out / name)], 300, toy, shows)
+        return Part(name, [*command, "--out", str(out / name)], 300, toy)
 
     small = 8 if has_flash else 2
     found = [
-        Part("ceilings", [f"{FOLDER}/gpu_report.py", "--ceilings", "--out", str(out)], 120, gpu="bandwidth and rate"),
-        tests("kernel-tests", "tests/test_kernels.py", 240, "every case: they are collected and skipped here"),
+        tests("kernel-tests", "tests/test_kernels.py", 240),
         loss("loss"),
         step("1b4", 2 * small, small),
-        tests("trainer-tests", "tests/test_gpu.py", 300, "every case: they are collected and skipped here"),
+        tests("trainer-tests", "tests/test_gpu.py", 300),
         loss("loss-teacher", "--resize", "teacher"),
         step("125m", 32, 16),
         step("1b4", 4 * small, "auto", name="step-1b4-auto"),
@@ -100,7 +95,7 @@ def parts(out: Path, gpu: str, has_flash: bool, memory_gib: float, rehearse: boo
     if rehearse:
         found.append(Part("toy-data", [f"{FOLDER}/toy_data.py", str(out / "toy")], 120))
     if rehearse or (ROOT / DATA).exists():  # last: it fills whatever time is left
-        found.append(Part("evidence-125m", command, 3600, toy, "the evidence: 123M and 0.4B students", resumes=True))
+        found.append(Part("evidence-125m", command, 3600, toy))
     return found
 
 
@@ -131,14 +126,14 @@ def run(part: Part, out: Path, environment: dict[str, Any], seconds: float) -> d
         "exit": -1 if timed_out else code,
         "seconds": round(time.time() - start, 1),
         "environment": environment,
-        "tail": log.read_text(errors="replace")[-3000:],
+        "tail": log.read_text(errors="replace")[-6000:],
     }
     write(out / f"{part.name}.result.json", result)
     return result
 
 
-def write_report(out: Path, results: list[dict[str, Any]], missing: list[str], gpu_only: list[Part]) -> None:
-    """Write OUT/report.json and the page, OUT/report.md: results, pictures, what was not reached or not shown."""
+def write_report(out: Path, results: list[dict[str, Any]], missing: list[str]) -> None:
+    """Write OUT/report.json and the page, OUT/report.md: results, pictures, what was not reached."""
     write(out / "report.json", results)
     lines = ["# GPU report", "", ", ".join(f"{k} {v}" for k, v in results[0]["environment"].items()) + "."]
     for result in results:
@@ -148,8 +143,6 @@ def write_report(out: Path, results: list[dict[str, Any]], missing: list[str], g
         lines += [f"\n![{p.stem}]({p.relative_to(out)})" for p in sorted((out / result["part"]).glob("*.png"))]
     if missing:
         lines += ["", "## Not reached", "", *(f"- {name}" for name in missing)]
-    if gpu_only:
-        lines += ["", "## What only a GPU can show", "", *(f"- {part.name}: {part.gpu}" for part in gpu_only)]
     write(out / "report.md", "\n".join(lines) + "\n")
 
 
@@ -164,16 +157,10 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
     parser.add_argument("--only", nargs="+", help="names of parts")
     parser.add_argument("--minutes", type=float, default=25, help="all parts end within them (default: 25)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, into OUT-rehearsal")
-    parser.add_argument("--ceilings", action="store_true", help="measure copy bandwidth and matmul rate, nothing else")
     args = parser.parse_args(arguments)
-    out = args.out.absolute()
-    if args.ceilings:
-        ceilings = _ceilings()
-        print(json.dumps(ceilings, indent=2))
-        write(out / "ceilings.json", ceilings)
-        return 0
     if not torch.cuda.is_available() and not args.rehearse:
         parser.error("there is no CUDA device here. On a CPU, --rehearse runs every part at toy size.")
+    out = args.out.absolute()
     out = out.with_name(f"{out.name}-rehearsal") if args.rehearse else out
     out.mkdir(parents=True, exist_ok=True)
     if args.archive and args.archive.exists():
@@ -199,7 +186,7 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
         left = end - time.time()
         if result.get("exit") == 0 and result["environment"] == environment:
             print(f"{part.name}: done before.", flush=True)
-        elif left < (3 * GRACE if part.resumes else part.limit):
+        elif left < 3 * GRACE:
             print(f"{part.name}: no time left. Call again to go on.", flush=True)
             missing.append(part.name)
             continue
@@ -208,7 +195,7 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
             result = run(part, out, environment, left)
             print(f"{part.name}: exit status {result['exit']} after {result['seconds']:.0f} s.", flush=True)
         results.append(result)
-        write_report(out, results, missing, [p for p in todo if p.gpu] if args.rehearse else [])
+        write_report(out, results, missing)
         if args.archive:
             partial = args.archive.with_name(f"{args.archive.name}.partial")
             with tarfile.open(partial, "w:gz") as archive:
@@ -216,24 +203,6 @@ def main(arguments: list[str] | None = None, plan: Callable[..., list[Part]] = p
             partial.replace(args.archive)
     print(out / "report.md")
     return len(missing) + sum(result["exit"] != 0 for result in results)
-
-
-def _ceilings() -> dict[str, float]:
-    """What this device reaches, to compare with: a large copy (bytes read and written) and a square matmul."""
-    from torch.utils.benchmark import Timer
-
-    device, elements, width = ("cuda", 2**30, 8192) if torch.cuda.is_available() else ("cpu", 2**22, 256)
-
-    def seconds(statement: str, **values: torch.Tensor) -> float:
-        return Timer(statement, globals=values).blocked_autorange(min_run_time=2 if device == "cuda" else 0.1).median
-
-    source = torch.ones(elements, dtype=torch.int32, device=device)
-    copy = seconds("target.copy_(source)", source=source, target=torch.empty_like(source))
-    a, b = (torch.randn(width, width, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return {
-        "copy_tb_per_s": 2 * source.numel() * source.element_size() / copy / 1e12,
-        "bf16_matmul_tflop_per_s": 2 * width**3 / seconds("a @ b", a=a, b=b) / 1e12,
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark says about the machine and the code it ran on, and how it writes."""
+"""What every benchmark says about the machine and the code it ran on, how it times and writes."""
 
 import datetime
 import hashlib
@@ -6,12 +6,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["ROOT", "machine", "sources", "write"]
+__all__ = ["ROOT", "ceilings", "machine", "sources", "timed", "write"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,9 +41,36 @@ def machine() -> dict[str, Any]:
     return found | {"sources": sources(), "date": datetime.date.today().isoformat()}
 
 
+def timed(step: Callable[[], object], device: str, repeats: int = 100) -> list[float]:
+    """Milliseconds of ``step()``: median, 20th and 80th percentile.
+
+    Args:
+        step: What is timed.
+        device: On ``"cuda"`` the L2 cache is emptied before every call.
+        repeats: For so many milliseconds; on the CPU so many calls. Default: 100.
+    """
+    step()
+    quantiles = [0.5, 0.2, 0.8]
+    if device == "cuda":
+        import triton.testing
+
+        return triton.testing.do_bench(step, rep=repeats, quantiles=quantiles)  # pyright: ignore[reportReturnType]
+    return (1e3 * np.quantile(timeit.repeat(step, number=1, repeat=repeats), quantiles)).tolist()
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """What this device reaches, to compare with: a large copy (bytes read and written) and a square matmul."""
+    size, width, repeats = (2**30, 8192, 500) if device == "cuda" else (2**24, 256, 5)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, square = torch.empty_like(source), torch.randn(width, width, dtype=torch.bfloat16, device=device)
+    return {
+        "copy_gb_per_s": 2 * size / 1e6 / timed(lambda: target.copy_(source), device, repeats)[0],
+        "bf16_matmul_tflop_per_s": 2 * width**3 / 1e9 / timed(lambda: square @ square, device, repeats)[0],
+    }
+
+
 def write(path: Path, content: Any) -> None:
-    """Text, or what JSON takes; whole or not at all."""
-    part = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    """Text, or what JSON takes; whole or not at all. (The report runs where this package is not installed.)"""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)

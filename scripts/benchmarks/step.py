@@ -17,11 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 import torch
 from composer import Callback, DataSpec, Event, Logger, State, Trainer
@@ -38,43 +37,31 @@ from let_composer.counting import build_model, teacher_config
 from let_composer.files import write_json
 from let_composer.planning import HARDWARE, Hardware, Plan, make_plan
 
-__all__ = ["Measurement", "build", "main", "measure", "table"]
+__all__ = ["build", "main", "measure", "table"]
 
 KINDS = ("plain", "guided", "after stop")
 
 
-@dataclass
-class Measurement:
-    """Steps of one kind. Seconds of every step that was kept, and the most memory that torch held, in GiB."""
-
-    seconds: list[list[float]] = field(default_factory=list)  # by round
-    peak_gib: float | None = None
-    microbatch: int | None = None
-
-    @property
-    def median(self) -> float:
-        return float(np.median(np.concatenate(self.seconds)))
-
-
 class _Clock(Callback):
-    """Times whole batches, from the first to the last event of each."""
+    """Times whole batches, from the first to the last event of each, and notes the most memory that torch held."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.peaks: list[float] = []
+        self.steps: list[dict[str, Any]] = []
         self._start = 0.0
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.AFTER_DATALOADER:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            self._start = time.perf_counter()
-        elif event == Event.BATCH_END:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                self.peaks.append(torch.cuda.max_memory_allocated() / 2**30)
-            self.seconds.append(time.perf_counter() - self._start)
+        if event not in (Event.AFTER_DATALOADER, Event.BATCH_END):
+            return
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.synchronize()
+        if event == Event.BATCH_END:
+            step = {"seconds": time.perf_counter() - self._start, "microbatch": state.device_train_microbatch_size}
+            self.steps.append(step | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
+            return
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self._start = time.perf_counter()
 
 
 class _Endless(LET):
@@ -102,15 +89,14 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     return model, {**let, "teacher": folder}, min(source.vocab_size, model.model.config.vocab_size)
 
 
-def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Iterator[dict[str, Measurement]]:
-    """Time the three kinds of steps of a training YAML; yields what there is after every round.
+def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Iterator[pd.DataFrame]:
+    """Time the three kinds of steps of a training YAML; yields a row for every step so far after every round.
 
     ``steps`` are those of each kind in a round; of each turn the first ``warmup`` do not count.
     """
     if steps <= warmup or rounds < 1:
         raise ValueError(f"expected at least one round of more than {warmup} steps, got {rounds} of {steps}.")
-    found = {kind: Measurement() for kind in KINDS}
-    clock = _Clock()
+    found, clock = list[dict[str, Any]](), _Clock()
     if not torch.cuda.is_available():  # all that FSDP needs to run without: Composer asks CUDA for the device
         torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     with tempfile.TemporaryDirectory() as folder:
@@ -142,44 +128,41 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
         for number in range(rounds):
             turns = [(KINDS[1:], together), (KINDS[:1], [])]
             for kinds, algorithms in turns[:: -1 if number % 2 else 1]:  # so that being first favours nobody
-                clock.seconds, clock.peaks = [], []
+                clock.steps = []
                 trainer.state.algorithms = algorithms
                 trainer.fit(duration=f"{steps * len(kinds)}ba", reset_time=True)
                 for index, kind in enumerate(kinds):
-                    kept = slice(index * steps + warmup, (index + 1) * steps)
-                    found[kind].seconds.append(clock.seconds[kept])
-                    found[kind].microbatch = int(cast(Any, trainer.state.device_train_microbatch_size))
-                    if clock.peaks:
-                        found[kind].peak_gib = max(found[kind].peak_gib or 0.0, *clock.peaks[kept])
-            yield found
+                    kept = clock.steps[index * steps + warmup : (index + 1) * steps]
+                    found += [{"kind": kind, "round": number, **step} for step in kept]
+            yield pd.DataFrame(found)
         trainer.close()
 
 
-def table(found: dict[str, Measurement], plan: Plan, hardware: Hardware | None) -> str:
-    """The measurements as text, next to the plan's expectation."""
-    tokens, rows, of_plain = plan.global_batch * plan.sequence_length, {}, {}
-    for kind, entry in found.items():
-        rounds = zip(entry.seconds, found["plain"].seconds, strict=True)
-        of_plain[kind] = ratios = [float(np.median(own) / np.median(plain)) for own, plain in rounds]
-        flops = plan.step_flops * (1 + plan.guided_overhead * (kind == "guided"))
-        rows[kind] = {
-            "s/step": f"{entry.median:.4f}",
-            "tokens/s": f"{tokens / entry.median:,.0f}",
-            "of plain, median (least - most over rounds)": (
-                f"{np.median(ratios):.3f} ({min(ratios):.3f} - {max(ratios):.3f})"
-            ),
-            "peak GiB": "-" if entry.peak_gib is None else f"{entry.peak_gib:.2f}",
-            "utilisation": f"{flops / entry.median / hardware.tflops / 1e12:.1%}" if hardware else "-",
-        }
-    expected, ratio = 1 + plan.guided_overhead, float(np.median(of_plain["guided"]))
+def table(found: pd.DataFrame, plan: Plan, hardware: Hardware | None) -> str:
+    """The measurements as text, next to the plan's expectation; ranges are over rounds."""
+    kinds: Any = found.groupby("kind")
+    seconds = kinds.seconds.median()
+    rounds: Any = found.pivot_table("seconds", "round", "kind", aggfunc="median")
+    of_plain = rounds.div(rounds.plain, axis=0)
+    flops = plan.step_flops * (1 + plan.guided_overhead * (seconds.index == "guided"))
+    columns = {
+        "s/step": seconds,
+        "tokens/s": plan.global_batch * plan.sequence_length / seconds,
+        "of plain, median": of_plain.median(),
+        "least": of_plain.min(),
+        "most": of_plain.max(),
+        "peak GiB": kinds.peak_gib.max(),
+        "utilisation": flops / seconds / hardware.tflops / 1e12 if hardware else None,
+    }
+    expected, ratio = 1 + plan.guided_overhead, of_plain.guided.median()
     return (
-        f"{pd.DataFrame(rows).T.to_string()}\n"
+        f"{pd.DataFrame(columns).loc[list(KINDS)].to_string(float_format='{:,.4g}'.format, na_rep='-')}\n"
         f"guided / plain: {ratio:.3f} measured, {expected:.3f} expected from FLOPs: {ratio / expected - 1:+.1%} apart; "
-        f"microbatches of {', '.join(sorted({str(entry.microbatch) for entry in found.values()}))}"
+        f"microbatches of {', '.join(map(str, found.microbatch.unique()))}"
     )
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Measurement]:
+def main(arguments: list[str] | None = None) -> pd.DataFrame:
     """Command line; returns what it measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", help="a training YAML of llm-foundry with algorithms.let")
@@ -193,11 +176,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Measurement]:
     hardware = HARDWARE.get(args.gpu)
     plan = make_plan(config, 1, args.gpu, hardware, 0.4)
     command = {"yaml": args.yaml, "overrides": args.overrides, "rounds": args.rounds, "steps": args.steps}
-    found: dict[str, Measurement] = {}
+    found = pd.DataFrame()
     for found in measure(config, args.rounds, args.steps):
         print(table(found, plan, hardware), flush=True)
         if args.out:
-            steps = {kind: asdict(entry) for kind, entry in found.items()}
+            steps = found.to_dict("records")
             report = {"command": command, "machine": machine(), "steps": steps, "plan": asdict(plan)}
             write_json(args.out.with_suffix(".json"), report)
     return found

@@ -16,22 +16,23 @@ other runs, settings or tables than the YAML's it is RUNS/report.md.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import functools
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import re
-import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,7 @@ from let_composer.configuration import merge, read_bases, read_yaml
 from let_composer.files import replacing
 from let_composer.names import nearest
 
-__all__ = ["Job", "Row", "against", "draw", "main", "plan", "read", "run", "tables"]
+__all__ = ["Job", "against", "draw", "main", "plan", "read", "run", "tables"]
 
 MARK = "<!-- From here on scripts/evidence/sweep.py writes. -->"
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -149,80 +150,48 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
     Returns:
         Names of the runs that failed; what they printed is in their logs. What needs a failed teacher counts as failed.
     """
-    waiting = [job for job in jobs if not job.done(runs)]
-    if not waiting:
-        return []
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))))
-    import llmfoundry.command_utils  # noqa: F401  (half a minute: once, and every run is a fork)
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, **os.environ}
+    waiting, failed, starting = [job for job in jobs if not job.done(runs)], set[str](), threading.Lock()
 
-    fork, failed = multiprocessing.get_context("fork"), set[str]()
-
-    def start(job: Job) -> Any:
+    def train(job: Job) -> None:
+        if failed & job.needs.keys():
+            failed.add(job.name)
+            return
         shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
         for marker in runs.glob("*.done"):  # what another teacher of this name taught is not done, in no later call
             if marker.stem == job.name or (job.arm == "" and job.name in _taught_by(om.load(marker))):
-                marker.unlink()
-        om.save(job.config, runs / f"{job.name}.yaml")
-        process = fork.Process(target=_train, args=(runs / f"{job.name}.yaml", threads))
-        process.start()
-        process.join(APART if workers > 1 else None)
-        return process
-
-    def finish(job: Job, exit_status: int) -> None:
+                marker.unlink(missing_ok=True)
+        path, log = runs / f"{job.name}.yaml", runs / f"{job.name}.log"
+        om.save(job.config, path)
+        with open(log, "w") as file, starting:
+            command = [sys.executable, str(TRAIN), str(path)]
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(APART if workers > 1 else None)
+        exit_status = process.wait()
         if exit_status:
             failed.add(job.name)
-            print(f"{job.name}: failed ({exit_status}), see {runs / job.name}.log", flush=True)
+            print(f"{job.name}: failed ({exit_status}), see {log}", flush=True)
             return
         with replacing(runs / f"{job.name}.done") as partial:
             partial.write_text(om.to_yaml(job.config))
         print(f"{job.name}: done", flush=True)
 
-    for teachers in (True, False):  # forks of this thread alone: one of a pool's could not end
-        queue, running = [job for job in waiting if teachers == (job.arm == "")], dict[Any, Job]()
-        while queue or running:
-            if queue and failed & queue[0].needs.keys():
-                failed.add(queue.pop(0).name)
-            elif queue and len(running) < workers:
-                job = queue.pop(0)
-                running[start(job)] = job
-            else:
-                multiprocessing.connection.wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                finish(running.pop(process), process.exitcode)
+    for teachers in (True, False):
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(train, [job for job in waiting if teachers == (job.arm == "")]))
     return [job.name for job in waiting if job.name in failed]
-
-
-def _train(path: Path, threads: int) -> None:
-    import torch
-
-    sys.stdout = sys.stderr = log = open(path.with_suffix(".log"), "w", buffering=1)  # noqa: SIM115
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    torch.set_num_threads(threads)
-    sys.argv = [str(TRAIN), str(path)]
-    runpy.run_path(str(TRAIN), run_name="__main__")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm against its baseline, over the seeds that both have done; shares are of the baseline's tokens."""
-
-    group: str  # table or method
-    arm: str  # by its name for people
-    seeds: int
-    loss: dict[str, float] | None  # at the end
-    gain: dict[str, float] | None  # the baseline's final loss minus the arm's of the same seed; None for the baseline
-    share: dict[str, float] | None  # until the baseline's final loss
-    passes: dict[str, float] | None  # until the teacher's final loss
-    lead: float | None  # of the teacher: the baseline's final loss minus its own, in nats; None if not trained here
 
 
 Arms = dict[str, dict[int, Job]]  # the runs that are done, by arm and seed
 
 
-def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job], runs: Path, every: Arms) -> Row:
-    """Set an arm's runs against a baseline's. The baseline itself has the teacher of ``every`` arm, if it is one."""
+def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job], runs: Path, every: Arms) -> Any:
+    """A row: one arm against its baseline, over the seeds that both have done.
+
+    The baseline itself has the teacher of ``every`` arm, if it is one. Shares are of the baseline's tokens.
+    """
     seeds = sorted(baseline.keys() & own.keys())
     teacher = _teacher(every if own is baseline else {arm: own})
     found = {str(n): [_read(runs / of[seed].name) for seed in seeds] for n, of in enumerate((baseline, own))}
@@ -235,12 +204,12 @@ def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job],
     is_itself = own is baseline
     ends = [[seed["final_loss"] for seed in row["seeds"]] for row in summary["arms"]]
     gains = [None if end is None else start - end for start, end in zip(*ends, strict=True)]
-    return Row(
-        group=group,
-        arm=arm,
+    return SimpleNamespace(
+        group=group,  # table or method
+        arm=arm,  # by its name for people
         seeds=len(seeds),
         loss=reached["final_loss"],
-        gain=None if is_itself else comparing.spread(gains),
+        gain=None if is_itself else comparing.spread(gains),  # in final loss, against the same seed
         share=comparing.spread([1.0] * len(seeds)) if is_itself else share("tokens_to_baseline_loss"),
         passes=share("tokens_to_teacher_loss"),
         lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"] if teacher else None,
@@ -275,11 +244,11 @@ def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*")
         if job.arm and job.done(runs):
             done[job.arm][job.config.seed] = job
 
-    def rows(group: str, baseline: dict[int, Job], arms: dict[str, str]) -> tuple[list[Row], Arms]:
+    def rows(group: str, baseline: dict[int, Job], arms: dict[str, str]) -> tuple[list[Any], Arms]:
         beside = {label: done[arm] for label, arm in arms.items() if done[arm].keys() & baseline.keys()}
         return [against(group, label, baseline, own, runs, beside) for label, own in beside.items()], beside
 
-    lines, sections = list[Row](), list[str]()
+    lines, sections = list[Any](), list[str]()
     for name, arms in experiment.tables.items():
         if not fnmatch.fnmatch(str(name), only):
             continue
@@ -297,44 +266,31 @@ def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*")
         points.sort(key=lambda row: (row.group, -float("inf") if row.lead is None else -row.lead))
         if points:
             draw(points, runs / "overview")
-            sections += ["## What guidance saves, over the lead of its teacher", "", _overview(points), ""]
+            sections += ["## What guidance saves, over the lead of its teacher", "", _markdown(points), ""]
     if lines:
-        sections += ["## Every arm", "", _every_arm(lines), ""]
+        sections += ["## Every arm", "", _markdown(lines), ""]
     if sections:
         written = page.read_text() if page.exists() else f"# {page.stem}\n\n"
         with replacing(page) as partial:
             partial.write_text("\n".join([written.partition(MARK)[0] + MARK, "", _conditions(), "", *sections]))
 
 
-def _overview(points: list[Row]) -> str:
+def _markdown(rows: list[Any]) -> str:
+    groups = pd.Series([row.group for row in rows])
     cells = {
-        "method": [row.group for row in points],
-        "arm": [row.arm for row in points],
-        "seeds": [row.seeds for row in points],
-        "lead of the teacher": ["not trained here" if row.lead is None else f"{row.lead:+.2f}" for row in points],
-        "gain in loss": [comparing.cell(row.gain, row.seeds, "+.3f") for row in points],
-        "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in points],
+        "": groups.map("**{}**".format).where(~groups.duplicated(), ""),
+        "arm": [row.arm for row in rows],
+        "seeds": [row.seeds for row in rows],
+        "final loss": [comparing.cell(row.loss, row.seeds, ".3f") for row in rows],
+        "gain in loss": ["" if row.gain is None else comparing.cell(row.gain, row.seeds, "+.3f") for row in rows],
+        "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in rows],
+        "lead of the teacher": ["" if row.lead is None else f"{row.lead:+.2f}" for row in rows],
+        "passes it at": ["" if row.lead is None else comparing.cell(row.passes, row.seeds, ".0%") for row in rows],
     }
     return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
 
 
-def _every_arm(lines: list[Row]) -> str:
-    first = [row.group not in {before.group for before in lines[:i]} for i, row in enumerate(lines)]
-    cells = {
-        "table": [f"**{row.group}**" if new else "" for row, new in zip(lines, first, strict=True)],
-        "arm": [row.arm for row in lines],
-        "seeds": [row.seeds for row in lines],
-        "final loss": [comparing.cell(row.loss, row.seeds, ".3f") for row in lines],
-        "gain": ["" if row.gain is None else comparing.cell(row.gain, row.seeds, "+.3f") for row in lines],
-        "tokens to the baseline's final loss": [comparing.cell(row.share, row.seeds, ".0%") for row in lines],
-        "passes its teacher at": [
-            "" if row.lead is None else comparing.cell(row.passes, row.seeds, ".0%") for row in lines
-        ],
-    }
-    return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
-
-
-def draw(points: list[Row], out: Path) -> None:
+def draw(points: list[Any], out: Path) -> None:
     """Write OUT.png and OUT.svg: how much of the baseline's tokens is needed, over the teacher's lead."""
     import matplotlib
 
@@ -364,9 +320,7 @@ def draw(points: list[Row], out: Path) -> None:
     axis.text(0.99, 0.02, "unguided, it does not", transform=axis.transAxes, ha="right", color="#666666")
     axis.set_ylim(min([30.0, *(100 * row.share["min"] - 5 for row in points if row.share)]), 108 + 4 * len(methods))
     axis.margins(x=0.12)
-    fewest, most = min(row.seeds for row in points), max(row.seeds for row in points)
-    counts = str(most) if fewest == most else f"{fewest} to {most}"
-    title = f"What guidance saves, over the lead of its teacher (seeds: {counts}; bars from best to worst)"
+    title = "What guidance saves, over the lead of its teacher (bars from the best seed to the worst)"
     axis.set_title(title, loc="left", fontsize=11)
     axis.legend(frameon=False, loc="upper right")
     axis.grid(alpha=0.25)
@@ -390,8 +344,8 @@ def _conditions() -> str:
     return (
         f"{device}; Python {platform.python_version()}, {versions}; tables made at commit {commit}, "
         f"{time.strftime('%Y-%m-%d')}. Several seeds: mean (min..max); - is never. An arm stands beside the baseline's "
-        "runs of the same seeds; shares are of the tokens of the whole run, gains are in final loss against the same "
-        "seed, in nats per token."
+        "runs of the same seeds; shares are of the tokens of the whole run, gains are against the same seed, in nats "
+        "per token. A teacher that was not trained here has no lead."
     )
 
 

