@@ -242,7 +242,7 @@ def compare(
     runs = {arm: [read_run(path, metric) for path in paths] for arm, paths in arms.items()}
     teacher_run = read_run(teacher, metric) if teacher else None
     summary = summarize(runs, teacher_run)
-    write_pictures(runs, summary, out, teacher_run)
+    write_pictures(runs, summary, out)
     curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
     written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}
     with replacing(Path(f"{out}.json")) as partial:
