@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
@@ -30,15 +29,10 @@ __all__ = [
 # Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SCANS = ("state_size", "mamba_d_state", "mamba_d_ssm", "ssm_state_size", "attn_layer_period", "linear_num_value_heads")
-# Shapes of the teachers in yamls/, so that planning needs no network: width, blocks, heads.
-PYTHIA = {
-    "14m": (128, 6, 4),
-    "31m": (256, 6, 8),
-    "70m": (512, 6, 8),
-    "160m": (768, 12, 12),
-    "410m": (1024, 24, 16),
-    "1b": (2048, 16, 8),
-}
+# Shapes of Pythias by size, so that planning needs no network: width, blocks, heads.
+PYTHIA = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16), "1b": (2048, 16, 8)}
+# Lets models run on the meta device, for which torch has no autocast.
+NO_AUTOCAST = mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
 
 
 @dataclass
@@ -150,7 +144,7 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     model.train()
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _meta(), saving, FlopCounterMode(display=False) as forward:
+    with NO_AUTOCAST, saving, FlopCounterMode(display=False) as forward:
         logits = model({"input_ids": ids})["logits"]
         loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())  # the model's own looks at values
     for handle in handles:
@@ -190,7 +184,7 @@ def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> Tea
             sizes[0] += output.numel() * output.element_size()
 
     handles = [module.register_forward_hook(add) for module in blocks[0].modules() if not list(module.children())]
-    with _meta(), torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with NO_AUTOCAST, torch.no_grad(), FlopCounterMode(display=False) as flops:
         width = body(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
     for handle in handles:
         handle.remove()
@@ -216,10 +210,3 @@ def teacher_config(name: str) -> str | GPTNeoXConfig:
         return name
     width, blocks, heads = PYTHIA[size]
     return GPTNeoXConfig(50304, width, blocks, heads, intermediate_size=4 * width)
-
-
-@contextlib.contextmanager
-def _meta() -> Iterator[None]:
-    """Let models run on the meta device, for which torch has no autocast."""
-    with mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()):
-        yield

@@ -2,7 +2,7 @@
 
 import ast
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,10 @@ def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
             data: Any = HParamsPluginData()
             data.ParseFromString(metadata.plugin_data.content)
             for name, value in data.session_start_info.hparams.items():
-                settings |= _flat(name, getattr(value, str(value.WhichOneof("kind"))))
-    return log, settings
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {key: v for k, inner in value.items() for key, v in _flat(f"{name}.{k}", inner).items()}
+                settings[name] = getattr(value, str(value.WhichOneof("kind")))
+                with contextlib.suppress(ValueError, SyntaxError):  # mappings and lists are logged as their text
+                    settings[name] = ast.literal_eval(settings[name])
+    return log, pd.json_normalize(settings).to_dict("records")[0] if settings else {}
 
 
 def _read_csv(path: Path) -> Log:

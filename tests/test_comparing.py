@@ -36,24 +36,23 @@ def compare(*arguments: str) -> None:
 
 def write_run(folder, loss: list[float], guided: int = 0, seconds: float = 2.0, memory: float | None = None) -> str:
     """40 batches of 100 tokens, evaluated after every tenth; guided batches take half as long again."""
-    time = 0.0
+    steps = range(10 * len(loss))
+    took = np.cumsum([seconds * (1.5 if step < guided else 1) for step in steps]) / 3600
+    log: dict[str, dict[int, float]] = {
+        "time/token": {step: step * 100 for step in steps},
+        "loss/train/total": dict.fromkeys(steps, 5.0),
+        "let/weight": {step: 1 - step / guided for step in range(guided + 1) if guided},
+        "let/cosine": dict.fromkeys(range(guided), 0.5),
+        "let/constant_cosine": dict.fromkeys(range(guided), 0.1),
+        SHARE: dict.fromkeys(range(guided), 0.25),
+        "memory/peak_allocated_mem": {step: memory - 0.5 * (step == 0) for step in steps if memory},
+        "time/train": {step + 1: took[step] for step in steps if seconds},
+        LOSS: {10 * (number + 1): value for number, value in enumerate(loss)},
+    }
     with SummaryWriter(str(folder)) as writer:
-        for step in range(10 * len(loss)):
-            writer.add_scalar("time/token", step * 100, step)
-            writer.add_scalar("loss/train/total", 5.0, step)
-            if step <= guided and guided:
-                writer.add_scalar("let/weight", 1 - step / guided, step)
-            if step < guided:
-                writer.add_scalar("let/cosine", 0.5, step)
-                writer.add_scalar("let/constant_cosine", 0.1, step)
-                writer.add_scalar("let/teacher_flops_share", 0.25, step)
-            if memory is not None:
-                writer.add_scalar("memory/peak_allocated_mem", memory - 0.5 * (step == 0), step)
-            time += seconds * (1.5 if step < guided else 1)
-            if seconds:
-                writer.add_scalar("time/train", time / 3600, step + 1)
-        for number, value in enumerate(loss):
-            writer.add_scalar(LOSS, value, 10 * (number + 1))
+        for tag, values in log.items():
+            for step, value in values.items():
+                writer.add_scalar(tag, value, step)
     return str(folder)
 
 
@@ -90,13 +89,6 @@ def test_the_table_says_what_was_logged(tmp_path):
     baseline = read(write_run(tmp_path / "baseline", [6.0, 5.0, 4.5, 4.0], memory=2.5))
     let = read(write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20))
     summary = summarize({"baseline": baseline, "let": let})
-    plain, guided = (arm["seeds"][0] for arm in summary["arms"])
-    assert plain["tokens"] == 4000 and plain["tokens_to_baseline_loss"] == pytest.approx(4000)
-    assert guided["tokens_to_baseline_loss"] == pytest.approx(2000)
-    assert guided["seconds_to_baseline_loss"] == pytest.approx(60, rel=1e-4)
-    assert guided["guided_tokens_per_second"] == pytest.approx(100 / 3, rel=1e-3)
-    assert guided["compute"] == pytest.approx(2000 / 0.75 + 2000)
-    assert guided["compute_to_baseline_loss"] == pytest.approx(8000 / 3)
     assert {row: tuple(cells) for row, *cells in table(summary).T.itertuples()} == {
         "seeds": ("1", "1"),
         "eval/LanguageCrossEntropy at 0.004M": ("4.000", "3.000"),
