@@ -220,18 +220,13 @@ def scale(summary: dict[str, Any], over: str) -> tuple[float, str, str]:
     return size, name[0].upper(), f"{name} of plain training" if over == "compute" else name
 
 
-def compare(
-    arms: dict[str, list[Path]],
-    teacher: str | Path | None = None,
-    out: str | Path = "comparison",
-    metric: str = METRIC,
-) -> dict[str, Any]:
-    """Read runs, print their table, write OUT.html, OUT.png, OUT.svg and OUT.json, and return what is in the last.
+def compare(arms: dict[str, list[Path]], teacher: Path | str | None, out: Path | str, metric: str = METRIC) -> None:
+    """Read runs, print their table, and write OUT.html, OUT.png, OUT.svg and OUT.json.
 
     Args:
         arms: As :func:`group` returns them.
-        teacher: The run that trained the teacher. Default: ``None``.
-        out: Path without suffix. Default: ``"comparison"``.
+        teacher: The run that trained the teacher, if it is known.
+        out: Path without suffix.
         metric: As in :func:`let_composer.logs.resolve_metric`. Default: the validation loss.
 
     Raises:
@@ -242,7 +237,7 @@ def compare(
     runs = {arm: [read_run(path, metric) for path in paths] for arm, paths in arms.items()}
     teacher_run = read_run(teacher, metric) if teacher else None
     summary = summarize(runs, teacher_run)
-    write_pictures(runs, summary, out, teacher_run)
+    write_pictures(runs, summary, out)
     curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
     written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}
     with replacing(Path(f"{out}.json")) as partial:
@@ -250,7 +245,6 @@ def compare(
     print(f"{verdict(summary)}\n\n{table(summary).T.to_string()}\n")
     print("Several seeds: mean (lowest..highest). Training the teacher is not counted.")
     print(f"written: {out}.html .png .svg .json")
-    return summary
 
 
 def _plain(value: Any) -> Any:

@@ -107,17 +107,16 @@ def merge(configs: Iterable[Any]) -> DictConfig:
 
 def _expand(algorithms: Any) -> dict[str, Any]:
     """Names to arguments, from a name, a list or a mapping. A name alone has no arguments; null stays null."""
-    if isinstance(algorithms, DictConfig):
-        try:
-            algorithms = [{name: arguments} for name, arguments in algorithms.items()]
-        except OmegaConfBaseException as error:
-            raise ValueError(f"algorithms cannot be read: {error}. Interpolate single arguments alone.") from error
     expanded: dict[str, Any] = {}
-    for item in algorithms or [] if isinstance(algorithms, (list, ListConfig, type(None))) else [algorithms]:
+    for item in algorithms or [] if isinstance(algorithms, (ListConfig, type(None))) else [algorithms]:
         named = {item: {}} if isinstance(item, str) else item
         if not isinstance(named, (dict, DictConfig)):
             raise ValueError(f"algorithms must list names or mappings of a name to its arguments, got {item!r}.")
-        for name, arguments in named.items():
+        try:
+            pairs = list(named.items())
+        except OmegaConfBaseException as error:
+            raise ValueError(f"algorithms cannot be read: {error}. Interpolate single arguments alone.") from error
+        for name, arguments in pairs:
             if name in expanded:
                 raise ValueError(f"algorithms names {name!r} twice. Keep one of them.")
             expanded[str(name)] = arguments

@@ -1,8 +1,6 @@
 """What a step of student and teacher multiplies and keeps, counted on the meta device: no data, no weights, no GPU."""
 
 import contextlib
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
@@ -30,15 +28,10 @@ __all__ = [
 # Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SCANS = ("state_size", "mamba_d_state", "mamba_d_ssm", "ssm_state_size", "attn_layer_period", "linear_num_value_heads")
-# Shapes of the teachers in yamls/, so that planning needs no network: width, blocks, heads.
-PYTHIA = {
-    "14m": (128, 6, 4),
-    "31m": (256, 6, 8),
-    "70m": (512, 6, 8),
-    "160m": (768, 12, 12),
-    "410m": (1024, 24, 16),
-    "1b": (2048, 16, 8),
-}
+# Shapes of Pythias by size, so that planning needs no network: width, blocks, heads.
+PYTHIA = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16), "1b": (2048, 16, 8)}
+# Lets models run on the meta device, for which torch has no autocast.
+NO_AUTOCAST = mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
 
 
 @dataclass
@@ -47,7 +40,6 @@ class StudentCount:
 
     parameters: int
     trained: int  # of them; fewer with LoRA
-    matmul_parameters: int
     flops: float  # of one token, forward and backward, without recomputation
     block_flops: float  # of one token, forward, in the blocks alone: what activation checkpointing does again
     largest_unit: int  # parameters that are gathered at a time: of a block, or of all that is outside of the blocks
@@ -122,59 +114,53 @@ def build_model(config: DictConfig, changes: dict[str, Any]) -> Any:
 def count_student(model: nn.Module, batch: int, length: int, fused_attention: bool) -> StudentCount:
     """Count an llm-foundry model on the meta device, in the type it computes in, with a microbatch of so many sequences
     of so many tokens; fused attention keeps no ``[S, S]`` matrices."""
-    blocks = find_blocks(model)[1]
-    sections: list[dict[int, int]] = [{} for _ in range(len(blocks) + 1)]  # the last: outside of the blocks
-    inputs = [0] * len(blocks)
+    path, blocks = find_blocks(model)
+    names = {
+        f"{type(model).__name__}.{path}.{index}" for index in range(len(blocks))
+    }  # as the counter of FLOPs has them
+    kept: dict[str, dict[int, int]] = {
+        name: {} for name in ("", *names)
+    }  # bytes by storage; "" is outside of the blocks
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    now = [len(blocks)]
-
-    def enter(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        now[0] = index
-        x = args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
-        inputs[index] = x.numel() * x.element_size()
-
-    def leave(*_: Any) -> None:
-        now[0] = len(blocks)
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         square = tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2] == length
         if storage._cdata not in own and not (fused_attention and square):
-            sections[now[0]][storage._cdata] = storage.nbytes()
+            block = next(iter(names & forward.mod_tracker.parents), "")
+            kept[block][storage._cdata] = storage.nbytes()
         return tensor
 
-    handles = []
-    for index, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True))
-        handles.append(block.register_forward_hook(leave))
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     model.train()
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _meta(), saving, FlopCounterMode(display=False) as forward:
+    with NO_AUTOCAST, FlopCounterMode(display=False) as forward, saving:
         logits = model({"input_ids": ids})["logits"]
         loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())  # the model's own looks at values
-    for handle in handles:
-        handle.remove()
-    # The trainer holds the logits until the backward pass is over, and there is their gradient.
-    head = 2 * logits.numel() * logits.element_size()
-    kept = [sum(section.values()) for section in sections]
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     model.zero_grad(set_to_none=True)
-    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    tokens = batch * length
-    width = inputs[0] // (tokens * next(model.parameters()).element_size())
+    in_blocks = sum(sum(forward.get_flop_counts()[name].values()) for name in names)
+    # The trainer holds the logits until the backward pass is over, and there is their gradient.
+    head = 2 * logits.numel() * logits.element_size()
+    sizes = {name: sum(storages.values()) for name, storages in kept.items()}
+    width = next(each.embedding_dim for each in model.modules() if isinstance(each, nn.Embedding))
+    inputs = len(blocks) * ids.numel() * width * logits.element_size()
     parameters = sum(p.numel() for p in model.parameters())
     return StudentCount(
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        matmul_parameters=matmul_parameters(model),
-        flops=(forward.get_total_flops() + backward.get_total_flops()) / tokens,
-        block_flops=(forward.get_total_flops() - 2 * width * logits.numel()) / tokens,
-        largest_unit=max(*in_blocks, parameters - sum(in_blocks)),
-        activations=sum(kept) + head,
-        checkpointed_activations=sum(inputs) + max(kept[:-1]) + kept[-1] + head,
+        flops=(forward.get_total_flops() + backward.get_total_flops()) / ids.numel(),
+        block_flops=in_blocks / ids.numel(),
+        largest_unit=_largest_unit(blocks, parameters),
+        activations=sum(sizes.values()) + head,
+        checkpointed_activations=inputs + max(sizes[name] for name in names) + sizes[""] + head,
     )
+
+
+def _largest_unit(blocks: nn.ModuleList, parameters: int) -> int:
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    return max(*in_blocks, parameters - sum(in_blocks))
 
 
 def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> TeacherCount:
@@ -190,11 +176,10 @@ def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> Tea
             sizes[0] += output.numel() * output.element_size()
 
     handles = [module.register_forward_hook(add) for module in blocks[0].modules() if not list(module.children())]
-    with _meta(), torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with NO_AUTOCAST, torch.no_grad(), FlopCounterMode(display=False) as flops:
         width = body(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
     for handle in handles:
         handle.remove()
-    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
     parameters = sum(p.numel() for p in body.parameters())
     table = body.get_input_embeddings().weight
     head = table.numel() if projected else 0
@@ -203,7 +188,7 @@ def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> Tea
         matmul_parameters=matmul_parameters(body),
         width=width,
         flops=flops.get_total_flops() / ids.numel() + 2 * head * projected / ids.numel(),
-        largest_unit=max(*in_blocks, parameters - sum(in_blocks)),
+        largest_unit=_largest_unit(blocks, parameters),
         activations=sizes[0],
         logits=table.shape[0] if projected else 0,
     )
@@ -216,10 +201,3 @@ def teacher_config(name: str) -> str | GPTNeoXConfig:
         return name
     width, blocks, heads = PYTHIA[size]
     return GPTNeoXConfig(50304, width, blocks, heads, intermediate_size=4 * width)
-
-
-@contextlib.contextmanager
-def _meta() -> Iterator[None]:
-    """Let models run on the meta device, for which torch has no autocast."""
-    with mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()):
-        yield

@@ -2,7 +2,7 @@
 
 import ast
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,10 @@ def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
             data: Any = HParamsPluginData()
             data.ParseFromString(metadata.plugin_data.content)
             for name, value in data.session_start_info.hparams.items():
-                settings |= _flat(name, getattr(value, str(value.WhichOneof("kind"))))
-    return log, settings
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {key: v for k, inner in value.items() for key, v in _flat(f"{name}.{k}", inner).items()}
+                settings[name] = getattr(value, str(value.WhichOneof("kind")))
+                with contextlib.suppress(ValueError, SyntaxError):  # mappings and lists are logged as their text
+                    settings[name] = ast.literal_eval(settings[name])
+    return log, pd.json_normalize(settings).to_dict("records")[0] if settings else {}
 
 
 def _read_csv(path: Path) -> Log:
@@ -169,21 +162,17 @@ def _read_csv(path: Path) -> Log:
     columns = {name.lower().lstrip("_"): name for name in table}
     if "step" not in columns:
         raise ValueError(f"{path} has no column Step, _step or step. Its columns are {', '.join(table)}.")
-    step, key, run = columns["step"], columns.get("metric", columns.get("key")), columns.get("run")
+    step, key, runs = columns["step"], columns.get("metric", columns.get("key")), set()
     if key and "value" in columns:  # MLflow: a row for each value
-        runs = set(table[run]) if run else set()
-        parts = {str(tag): rows.set_index(step)[columns["value"]] for tag, rows in table.groupby(key, sort=False)}
+        long = table.rename(columns={key: "tag", columns["value"]: "value"})
+        runs = set(table[columns["run"]]) if "run" in columns else runs
     else:  # W&B's charts name columns "run - metric", and add the range of what they averaged
-        names = [name for name in table if name != step and not name.endswith(("__MIN", "__MAX"))]
-        of_a_chart = all(" - " in name for name in names)
-        runs = {name.partition(" - ")[0] for name in names} if of_a_chart else set()
-        parts = {name.partition(" - ")[2] if of_a_chart else name: table.set_index(step)[name] for name in names}
+        ranges = [name for name in table if name.endswith(("__MIN", "__MAX"))]
+        long = table.drop(columns=ranges).melt(step, var_name="tag")
+        if long.tag.str.contains(" - ").all():
+            runs, long["tag"] = set(long.tag.str.partition(" - ")[0]), long.tag.str.partition(" - ")[2]
     if len(runs) > 1:
         raise ValueError(f"{path} holds {len(runs)} runs: {', '.join(sorted(runs))}. Export one file for each run.")
-    log = {}
-    for tag, values in parts.items():
-        values = values[values != ""]
-        values = values.set_axis(values.index.astype(float)).transform(pd.to_numeric, errors="coerce")
-        if len(values):
-            log[tag] = values[~values.index.duplicated(keep="last")].sort_index()
-    return log
+    long = long[long.value != ""].astype({step: float}).drop_duplicates(["tag", step], keep="last").sort_values(step)
+    long["value"] = long.value.transform(pd.to_numeric, errors="coerce")
+    return {str(tag): rows.set_index(step).value for tag, rows in long.groupby("tag", sort=False)}

@@ -3,28 +3,34 @@
 import base64
 import html
 import io
+import itertools
 import platform
 import textwrap
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from let_composer import __version__
 from let_composer.comparing import Arms, scale, table, verdict
 from let_composer.files import replacing
-from let_composer.logs import METRIC, Curve, Run
+from let_composer.logs import METRIC, Run
 
 __all__ = ["PALETTE", "write_pictures"]
 
 PALETTE = ("#666666", "#c8442a", "#2a6fc8", "#2f8f46", "#8a52b0", "#b8860b", "#1b9e9e", "#d0578f")
-# Below the losses over tokens, where a run logged them: height in inches, label, and each metric's line and name.
-PANELS: dict[str, Any] = {
-    "weight": (0.9, "weight of\nthe guidance", [("weight", "-", None)]),
-    "cosine": (1.6, "cosine", [("cosine", "-", "to the teacher"), ("constant_cosine", "--", "best constant vector")]),
+# Below the losses over tokens, where a run logged them: each panel's label, metrics and lines.
+PANELS = {
+    "weight of\nthe guidance": {"weight": "-"},
+    "cosine; dashed: of\na constant vector": {"cosine": "-", "constant_cosine": "--"},
 }
+Bands = dict[
+    str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+]  # by metric: where; mean, lowest and highest over seeds
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
@@ -45,18 +51,16 @@ Compute counts the teacher's forward as LET logged it; it does not count trainin
 """
 
 
-def write_pictures(arms: Arms, summary: dict[str, Any], out: str | Path, teacher: Run | None = None) -> None:
+def write_pictures(arms: Arms, summary: dict[str, Any], out: str | Path) -> None:
     """Write OUT.png and OUT.svg, losses over compute, and OUT.html: verdict, table, curves, settings, environment.
 
     Args:
         arms: As given to :func:`let_composer.comparing.summarize`.
         summary: What it returned.
         out: Path without suffix.
-        teacher: As given to it.
     """
-    by_compute, by_tokens = (_Picture(arms, summary, teacher, over) for over in ("compute", "tokens"))
-    svg = by_compute.render("svg")
-    sources = {"compute": svg, "tokens": by_tokens.render("svg")}
+    figures = {over: _draw(arms, summary, over) for over in ("compute", "tokens")}
+    svg = {over: _render(figure, "svg") for over, figure in figures.items()}
     differ, shared = _settings(arms)
     unknown = "<p>These runs logged no settings: only TensorBoard's event files hold them.</p>"
     environment = {
@@ -67,11 +71,12 @@ def write_pictures(arms: Arms, summary: dict[str, Any], out: str | Path, teacher
     page = PAGE.format(
         title=html.escape(verdict(summary)),
         table=table(summary).T.to_html(border=0),
-        **{over: f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}" for over, image in sources.items()},
+        **{over: f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}" for over, image in svg.items()},
         differ=differ.to_html(border=0) if len(differ) else "<p>None.</p>" if len(shared) else unknown,
         environment=pd.Series(environment).to_frame("").to_html(border=0, header=False),
     )
-    for suffix, content in (("png", by_compute.render("png")), ("svg", svg), ("html", page.encode())):
+    contents = {"png": _render(figures["compute"], "png"), "svg": svg["compute"], "html": page.encode()}
+    for suffix, content in contents.items():
         with replacing(Path(f"{out}.{suffix}")) as partial:
             partial.write_bytes(content)
 
@@ -88,122 +93,86 @@ def _settings(arms: Arms) -> tuple[Any, Any]:
     return settings[differ], settings[~differ].iloc[:, 0]
 
 
-class _Picture:
-    """Losses over ``compute`` or ``tokens``, the guided part of each run shaded."""
-
-    def __init__(self, arms: Arms, summary: dict[str, Any], teacher: Run | None, over: str) -> None:
-        self.arms, self.summary, self.teacher, self.over = arms, summary, teacher, over
-        self.colors = {arm: PALETTE[1 + (i - 1) % (len(PALETTE) - 1) if i else 0] for i, arm in enumerate(arms)}
-        self.unit, _, name = scale(summary, over)
-        self.label = f"compute, the teacher's included [{name}]" if over == "compute" else f"{name} seen"
-
-    def render(self, suffix: str) -> bytes:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        logged = {panel for panel in PANELS for arm in self.arms if self.curves(arm, panel)}
-        below = [PANELS[panel] for panel in PANELS if panel in logged and self.over == "tokens"]
-        heights = [4.0, *(height for height, *_ in below)]
-        with plt.rc_context({"svg.hashsalt": f"compare {self.over}"}):  # the same bytes for the same runs
-            figure, axes = plt.subplots(
-                len(heights), 1, figsize=(8, 1.2 + sum(heights)), sharex=True, height_ratios=heights,
-                layout="constrained", squeeze=False,
-            )  # fmt: skip
-            self.draw_losses(axes[0, 0])
-            self.draw_guidance(axes[0, 0])
-            for (_, *panel), axis in zip(below, axes[1:, 0], strict=True):
-                self.draw_panel(axis, *panel)
-            axes[-1, 0].set_xlabel(self.label)
-            for axis in axes[:, 0]:
-                axis.grid(alpha=0.25)
-                axis.spines[["top", "right"]].set_visible(False)
-            written = io.BytesIO()
-            figure.savefig(written, format=suffix, dpi=200, metadata={"Date": None} if suffix == "svg" else None)
-            plt.close(figure)
-        return written.getvalue()
-
-    def curves(self, arm: str, metric: str = "") -> list[Curve]:
-        """Of each seed what is compared, or a metric of its guidance; nothing if a seed did not log that."""
-        found = []
-        for run in self.arms[arm]:
-            guidance = {tag.partition("/")[2]: curve for tag, curve in run.guidance.items()}
-            if metric and metric not in guidance:
-                return []
-            tokens, values = guidance[metric] if metric else run.loss
-            x = np.interp(tokens, *run.compute) if self.over == "compute" else tokens
-            found.append((x / self.unit, values))
-        return found
-
-    def draw_losses(self, axis: Any) -> None:
-        summary, level = self.summary, self.summary["baseline_final_loss"]
-        whole = summary["arms"][0]["over_seeds"][self.over]
-        axis.axhline(level, color=PALETTE[0], lw=1, ls=":")
-        for row in summary["arms"]:
-            arm, reached = row["arm"], row["over_seeds"][f"{self.over}_to_baseline_loss"]
-            text = f"{arm}: {_mean(self.curves(arm))[1][-1]:.3f}"
-            if arm != summary["baseline"] and reached and whole:
-                axis.plot(reached["mean"] / self.unit, level, "*", ms=15, color=self.colors[arm], mec="white", zorder=4)
-                text += f", ★ after {reached['mean'] / whole['mean']:.0%} of the {self.over}"
-            _band(axis, self.curves(arm), color=self.colors[arm], label=text)
-        # After a fifth of each run: what comes before is so steep that it would hide the differences.
-        late = np.concatenate([y[x >= 0.2 * x[-1]] for x, y, *_ in map(_mean, map(self.curves, self.arms))])
-        low, high = np.nanmin(late), np.nanmax(late)
-        if self.teacher is not None:
-            own = float(self.teacher.loss[1][-1])
-            axis.axhline(own, color="black", lw=1, ls="--", label=f"its teacher: {own:.3f}")
-            if abs(own - level) <= 2 * (high - low):
-                low, high = min(low, own), max(high, own)
-        room = max(0.06 * (high - low), 1e-3)
-        axis.set_ylim(low - room, high + room)
-        axis.set_xlim(left=0)
-        axis.legend(loc="lower right" if summary["rising"] else "upper right")
-        is_loss = summary["metric"].endswith(METRIC)
-        axis.set_ylabel("validation loss [nats/token]" if is_loss else summary["metric"].removeprefix("metrics/"))
-        axis.set_title(textwrap.fill(verdict(summary), 84), loc="left", fontsize=11)
-
-    def draw_guidance(self, axis: Any) -> None:
-        """Mark where each arm's guidance ends. For a single one, shade that part and name the teacher's share."""
-        guided = {row["arm"]: row for row in self.summary["arms"] if self.curves(row["arm"], "weight")}
-        for i, (arm, row) in enumerate(guided.items()):
-            color = self.colors[arm]
-            stop = float(np.mean([x[-1] for x, _ in self.curves(arm, "weight")]))
-            end = float(np.mean([x[-1] for x, _ in self.curves(arm)]))
-            if len(guided) == 1:
-                axis.axvspan(0, stop, color=color, alpha=0.1, lw=0)
-            axis.axvline(stop, color=color, lw=1)
-            text = "teacher released" if stop < 0.98 * end else "guided to the end"
-            if len(guided) == 1 and (share := row["over_seeds"]["teacher_share"]):
-                text += f", it took {share['mean']:.1%} of the compute"
-            # On the side of the start, where curves leave room, one below the other.
-            height, early = 0.09 + 0.06 * i, stop < 0.45 * end
-            axis.annotate(
-                text, (min(stop, 0.6 * end), 1 - height if self.summary["rising"] else height),
-                (5 if early else -5, 0), color=color, ha="left" if early else "right", va="center",
-                xycoords=("data", "axes fraction"), textcoords="offset points",
-            )  # fmt: skip
-
-    def draw_panel(self, axis: Any, label: str, metrics: list[tuple[str, str, str | None]]) -> None:
+def _draw(arms: Arms, summary: dict[str, Any], over: str) -> Figure:
+    """Losses over ``compute`` or ``tokens``, the guided part of each run shaded; over tokens also the ``PANELS``."""
+    unit, _, name = scale(summary, over)
+    colors = dict(zip(arms, itertools.chain(PALETTE[:1], itertools.cycle(PALETTE[1:])), strict=False))
+    bands = {arm: _bands(runs, over, unit) for arm, runs in arms.items()}
+    logged = {metric for of in bands.values() for metric in of if over == "tokens"}
+    panels = {label: metrics for label, metrics in PANELS.items() if logged & metrics.keys()}
+    heights = [4.0] + [1.4] * len(panels)
+    figure = Figure(figsize=(8, 1.2 + sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_losses(axes[0], bands, colors, summary, over)
+    for axis, (label, metrics) in zip(axes[1:], panels.items(), strict=True):
         axis.set_ylabel(label)
-        for metric, style, text in metrics:
-            for arm in self.arms:
-                if curves := self.curves(arm, metric):
-                    _band(axis, curves, ls=style, color=self.colors[arm], label=text)
-                    text = None  # one entry for all arms
-        if len(metrics) > 1:
-            axis.legend(fontsize=8)
+        for arm, metric in itertools.product(arms, metrics):
+            if metric in bands[arm]:
+                _plot(axis, bands[arm][metric], color=colors[arm], ls=metrics[metric])
+    axes[-1].set_xlabel(f"compute, the teacher's included [{name}]" if over == "compute" else f"{name} seen")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
-def _band(axis: Any, curves: list[Curve], **style: Any) -> None:
-    """The mean over seeds, and a band from the lowest to the highest."""
-    x, mean, low, high = _mean(curves)
+def _bands(runs: list[Run], over: str, unit: float) -> Bands:
+    """What is compared, under "", and each metric of the guidance that all seeds of an arm logged."""
+    logged = [{tag.partition("/")[2]: curve for tag, curve in run.guidance.items()} | {"": run.loss} for run in runs]
+    bands = {}
+    for metric in set.intersection(*map(set, logged)):
+        curves = [own[metric] for own in logged]
+        if over == "compute":
+            curves = [(np.interp(x, *run.compute), y) for run, (x, y) in zip(runs, curves, strict=True)]
+        grid = curves[0][0][curves[0][0] <= min(x[-1] for x, _ in curves)]
+        values = np.stack([np.interp(grid, x, y) for x, y in curves])
+        bands[metric] = grid / unit, values.mean(0), values.min(0), values.max(0)
+    return bands
+
+
+def _plot(axis: Any, band: tuple[np.ndarray, ...], **style: Any) -> None:
+    x, mean, low, high = band
     axis.plot(x, mean, lw=1.8, **style)
     axis.fill_between(x, low, high, color=style["color"], alpha=0.25, lw=0)
 
 
-def _mean(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where, mean, lowest and highest over seeds, as far as all of them went."""
-    grid = curves[0][0][curves[0][0] <= min(x[-1] for x, _ in curves)]
-    values = np.stack([np.interp(grid, x, y) for x, y in curves])
-    return grid, values.mean(0), values.min(0), values.max(0)
+def _draw_losses(
+    axis: Any, bands: dict[str, Bands], colors: dict[str, str], summary: dict[str, Any], over: str
+) -> None:
+    level, whole = summary["baseline_final_loss"], summary["arms"][0]["over_seeds"][over]
+    unit, *_ = scale(summary, over)
+    axis.axhline(level, color=PALETTE[0], lw=1, ls=":")
+    for row in summary["arms"]:
+        arm, own, of = row["arm"], row["over_seeds"], bands[row["arm"]]
+        reached, text = own[f"{over}_to_baseline_loss"], f"{row['arm']}: {of[''][1][-1]:.3f}"
+        if arm != summary["baseline"] and reached and whole:
+            axis.plot(reached["mean"] / unit, level, "*", ms=15, color=colors[arm], mec="white", zorder=4)
+            text += f", ★ after {reached['mean'] / whole['mean']:.0%} of the {over}"
+        _plot(axis, of[""], color=colors[arm], label=text)
+        if "weight" in of:
+            stop = of["weight"][0][-1]
+            text = "teacher released" if stop < 0.98 * of[""][0][-1] else "guided to the end"
+            if own["teacher_share"]:
+                text += f", it took {own['teacher_share']['mean']:.1%} of the compute"
+            axis.axvspan(0, stop, color=colors[arm], alpha=0.1, lw=0, label=text)
+    # After a fifth of each run: what comes before is so steep that it would hide the differences.
+    late = np.concatenate([y[x >= 0.2 * x[-1]] for x, y, *_ in (of[""] for of in bands.values())])
+    low, high = np.nanmin(late), np.nanmax(late)
+    if summary["teacher"] and (own := summary["teacher"]["final_loss"]):
+        axis.axhline(own, color="black", lw=1, ls="--", label=f"its teacher: {own:.3f}")
+        if abs(own - level) <= 2 * (high - low):
+            low, high = min(low, own), max(high, own)
+    room = max(0.06 * (high - low), 1e-3)
+    axis.set_ylim(low - room, high + room)
+    axis.set_xlim(left=0)
+    axis.legend(loc="lower right" if summary["rising"] else "upper right")
+    is_loss = summary["metric"].endswith(METRIC)
+    axis.set_ylabel("validation loss [nats/token]" if is_loss else summary["metric"].removeprefix("metrics/"))
+    axis.set_title(textwrap.fill(verdict(summary), 84), loc="left", fontsize=11)
+
+
+def _render(figure: Figure, suffix: str) -> bytes:
+    written = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "compare"}):  # the same bytes for the same runs
+        figure.savefig(written, format=suffix, dpi=200, metadata={"Date": None})
+    return written.getvalue()

@@ -5,10 +5,8 @@ import json
 import os
 import runpy
 import shutil
-import site
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -59,30 +57,20 @@ def test_help_shows_the_docstring_as_it_is_written(program, capsys, monkeypatch)
     assert len(lines) > 1 and set(map(str.rstrip, lines)) <= set(map(str.rstrip, shown.splitlines()))
 
 
-@pytest.fixture
-def installed(tmp_path) -> Path:
-    """The command of a wheel in an environment of its own, which sees the locked packages but not the repository."""
+@pytest.mark.slow
+def test_a_wheel_outside_of_the_repository(tmp_path, teacher_folder):
     for name in ("let_composer", "yamls", "pyproject.toml", "README.md", "LICENSE"):  # a build writes beside its source
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / "source").mkdir(exist_ok=True)
         copy(ROOT / name, tmp_path / "source" / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tmp_path / "source")]
-    subprocess.run([*pip, *build], check=True)
-    venv.create(tmp_path / "env")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--no-deps"]
+    place = ["--no-build-isolation", "--ignore-installed", "--prefix", str(tmp_path / "env"), str(tmp_path / "source")]
+    subprocess.run([*pip, *place], check=True)
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (packages / "locked.pth").write_text("\n".join(site.getsitepackages()))
-    (wheel,) = tmp_path.glob("*.whl")
-    python = str(tmp_path / "env" / "bin" / "python")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--ignore-installed", str(wheel)], check=True)
-    return tmp_path / "env" / "bin" / "let-composer"
 
-
-@pytest.mark.slow
-def test_a_wheel_outside_of_the_repository(installed, tmp_path, teacher_folder):
     def call(*arguments: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run([installed, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        program, environment = tmp_path / "env" / "bin" / "let-composer", {**os.environ, "PYTHONPATH": str(packages)}
+        done = subprocess.run([program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert arguments[0] != "plan" or not done.stderr  # nothing of what libraries say
         return done.stdout

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -81,26 +82,32 @@ def write(folder: Path, items: dict[str, list[dict[str, Any]]]) -> str:
     return str(folder / "tasks.yaml")
 
 
-def scores(model: Any, path: str, **options: Any) -> dict[tuple[str, str], float]:
-    found = script.score(str(model), script.local_tasks(path)[0], num_fewshot=0, **options)
-    return {(row.task, row.metric): pytest.approx(row.score) for row in found.itertuples()}
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # datasets' and lm-eval's own; what is tested is the scores
-def test_scores_are_those_counted_by_hand(tmp_path, items, train, tokenizer, teacher_folder, capsys):
+def test_the_command_finds_the_scores_counted_by_hand(tmp_path, items, train, tokenizer, teacher_folder, capsys):
+    checkpoints, exported, out = tmp_path / "checkpoints", tmp_path / "exported", tmp_path / "out" / "scores"
+    run = train(LET(teacher_folder, student_layer=1, weight=0.1), save_folder=str(checkpoints), save_interval="6ba")
+    student = run.state.model.model
+    student.save_pretrained(exported)
+    tokenizer.save_pretrained(exported)
+    models = {teacher_folder: AutoModelForCausalLM.from_pretrained(teacher_folder)}
+    models |= {str(checkpoints / "latest-rank0.pt"): student, str(exported): student}
     path = write(tmp_path, items)
-    expected = by_hand(AutoModelForCausalLM.from_pretrained(teacher_folder), items)
-    assert expected == scores(teacher_folder, path) and 0 < min(expected.values()) < max(expected.values()) < 1
-    run = train(
-        LET(teacher_folder, student_layer=1, weight=0.1), save_folder=str(tmp_path / "checkpoints"), save_interval="6ba"
-    )
-    run.state.model.model.save_pretrained(tmp_path / "exported")
-    tokenizer.save_pretrained(tmp_path / "exported")
-    expected = by_hand(run.state.model.model, items)
+    arguments = ["--tasks", path, "--limit", "10", "--shots", "0", "--out", str(out)]
+    assert main(["eval", *models, *arguments]) == 0
+    assert [p.name for p in out.parent.iterdir()] == ["scores.json"]
+    written = pd.read_json(f"{out}.json").set_index(["model", "task", "metric"])
+    for name, model in models.items():
+        expected = by_hand(model, {task: rows[:10] for task, rows in items.items()})
+        assert written.score[name].to_dict() == pytest.approx(expected)
+        assert name != teacher_folder or 0 < min(expected.values()) < max(expected.values()) < 1
     run.close()
-    for model in (tmp_path / "checkpoints" / "latest-rank0.pt", tmp_path / "exported"):
-        assert expected == scores(model, path)
+    first = written.loc[teacher_folder]
+    assert set(first["items"]) == {10}
+    assert first.chance[:, "acc"][list(KINDS)].tolist() == pytest.approx([(1 / 4 + 1 / 3 + 1 / 5) / 3, 1 / 2, 0])
+    score = first.score["choices", "acc"]
+    assert first.error["choices", "acc"] == pytest.approx((score * (1 - score) / 10) ** 0.5)
+    assert f"{100 * score:.1f} ±" in capsys.readouterr().out
     perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
     tasks = [{**task, "metric_list": [perplexity]} for task in script.local_tasks(path)[0] if task["task"] == "words"]
     assert script.score(teacher_folder, tasks, num_fewshot=0).empty
@@ -117,21 +124,6 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path, teacher_folder):
     torch.testing.assert_close(sharded[0].state_dict(), whole[0].state_dict())
     assert sharded[1].get_vocab() == whole[1].get_vocab()
     assert sharded[0].config.max_seq_len == whole[0].config.max_seq_len == LENGTH
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_command_writes_a_table_and_a_file(tmp_path, items, teacher_folder, capsys):
-    out = tmp_path / "out" / "scores"
-    arguments = ["--tasks", write(tmp_path, items), "--limit", "8", "--shots", "0", "--out", str(out)]
-    assert main(["eval", teacher_folder, *arguments]) == 0
-    assert [p.name for p in out.parent.iterdir()] == ["scores.json"]
-    rows = {(row["task"], row["metric"]): row for row in json.loads(out.with_suffix(".json").read_text())}
-    assert {row["items"] for row in rows.values()} == {8}
-    assert [rows[task, "acc"]["chance"] for task in KINDS] == pytest.approx([(1 / 4 + 1 / 3 + 1 / 5) / 3, 1 / 2, 0])
-    score = rows["choices", "acc"]["score"]
-    assert rows["choices", "acc"]["error"] == pytest.approx((score * (1 - score) / 8) ** 0.5)
-    assert f"{100 * score:.1f} ±" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_explained(tmp_path, items, monkeypatch, capsys):
