@@ -29,7 +29,8 @@ __all__ = [
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SCANS = ("state_size", "mamba_d_state", "mamba_d_ssm", "ssm_state_size", "attn_layer_period", "linear_num_value_heads")
 # Shapes of Pythias by size, so that planning needs no network: width, blocks, heads.
-PYTHIA = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16), "1b": (2048, 16, 8)}
+PYTHIA = {"14m": (128, 6, 4), "31m": (256, 6, 8), "70m": (512, 6, 8), "160m": (768, 12, 12)}
+PYTHIA |= {"410m": (1024, 24, 16), "1b": (2048, 16, 8)}
 # Lets models run on the meta device, for which torch has no autocast.
 NO_AUTOCAST = mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
 
@@ -115,12 +116,9 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
     """Count an llm-foundry model on the meta device, in the type it computes in, with a microbatch of so many sequences
     of so many tokens; fused attention keeps no ``[S, S]`` matrices."""
     path, blocks = find_blocks(model)
-    names = {
-        f"{type(model).__name__}.{path}.{index}" for index in range(len(blocks))
-    }  # as the counter of FLOPs has them
-    kept: dict[str, dict[int, int]] = {
-        name: {} for name in ("", *names)
-    }  # bytes by storage; "" is outside of the blocks
+    # As the counter of FLOPs names the blocks; "" is outside of them.
+    names = {f"{type(model).__name__}.{path}.{index}" for index in range(len(blocks))}
+    kept: dict[str, dict[int, int]] = {name: {} for name in ("", *names)}  # bytes by storage
     own = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -28,9 +28,8 @@ PANELS = {
     "weight of\nthe guidance": {"weight": "-"},
     "cosine; dashed: of\na constant vector": {"cosine": "-", "constant_cosine": "--"},
 }
-Bands = dict[
-    str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-]  # by metric: where; mean, lowest and highest over seeds
+# By metric: where; mean, lowest and highest over seeds.
+Bands = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
