@@ -1,22 +1,18 @@
-"""Two ranks on the CPU, launched by conftest.py; writes what each of them saw.
+"""Two ranks on the CPU, launched by test_ranks.py; writes what each of them saw.
 
-composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER            all cases, then a run in which one rank is killed
-composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER resume     that run resumed to its end
+composer -n 2 tests/ranks.py TEACHER_FOLDER OUT_FOLDER
 """
 
-import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Callback, Trainer
-from composer.loggers import InMemoryLogger, LoggerDestination
+from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from conftest import allow_fsdp_without_cuda, build_data, build_trainer, copy_teacher, load_tokenizer
+from conftest import allow_fsdp_without_cuda, build_data, build_trainer, load_tokenizer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
@@ -70,8 +66,8 @@ def build(
         *([] if teacher is None else [LET(teacher, **options)]),
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
         data=build_data(tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
-        loggers=[logger := InMemoryLogger(), *case.pop("loggers", [])],
-        callbacks=[_MeanOfGradients(), *case.pop("callbacks", [])],
+        loggers=[logger := InMemoryLogger()],
+        callbacks=[_MeanOfGradients()],
         parallelism_config=parallelism or None,
         dist_timeout=60,
         **{"max_duration": "4ba", **case},
@@ -152,69 +148,24 @@ class _MeanOfGradients(Callback):
                 p.grad /= dist.get_world_size()
 
 
-class _Killed(Callback):
-    """Kills its own process in the middle of the fifth batch, as a pre-emption does."""
-
-    def after_forward(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _Curve(LoggerDestination):
-    """Losses on disk as they come, so that they outlive the process."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        found = {name: float(metrics[name]) for name in ("let/loss", "loss/train/total") if name in metrics}
-        if found and dist.get_global_rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"batch": step, **found}) + "\n")
-
-
-def preempted(tokenizer: PreTrainedTokenizerFast, teacher: str, out: Path, killed: bool) -> None:
-    """A run that resumes by itself, or is killed in its fifth batch."""
-    resumable(
-        tokenizer,
-        teacher,
-        out,
-        fsdp="sharded",
-        save="preempted",
-        run_name="preempted",
-        autoresume=True,
-        loggers=[_Curve(out / "curve.jsonl")],
-        callbacks=[_Killed()] if killed else [],
-    )
-
-
-def main(teacher: str, folder: str, what: str = "cases") -> None:
+def main(teacher: str, folder: str) -> None:
     out = Path(folder)
     allow_fsdp_without_cuda()
     dist.initialize_dist("cpu")
-    rank = dist.get_global_rank()
     tokenizer = load_tokenizer(teacher)
-    if what == "cases":
-        mine = teacher
-        if rank == 1:
-            mine = copy_teacher(teacher, out / "other", lambda model: model.model.norm.weight.data[0].add_(1))
-        results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
-        results["refused"] = {
-            "teachers": _refuse(tokenizer, mine),
-            "shard_auto": _refuse(tokenizer, teacher, placement="shard", automatic=True),
-            "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
-        }
-        results["saved"] = {
-            kind: resumable(tokenizer, teacher, out, fsdp=kind, save=kind) for kind in ("sharded", "full")
-        }
-        results["saved"]["fsdp1"] = resumable(tokenizer, teacher, out, save="fsdp1", **FSDP1_SHARDED)
-        resumable(tokenizer, None, out, fsdp="sharded", save="plain", max_duration="3ba")
-        results["resumed"] = {name: resumable(tokenizer, teacher, out, **options) for name, options in RESUMED.items()}
-        results["resumed"]["added"] = resumable(tokenizer, teacher, out, fsdp="sharded", load="plain/ep0-ba3")
-        results["resumed"]["removed"] = resumable(tokenizer, None, out, fsdp="sharded", load="sharded/ep0-ba3")
-        results["resumed"]["over"] = resumable(tokenizer, "./nowhere", out, fsdp="sharded", load="sharded/ep0-ba6")
-        torch.save(results, out / f"rank{rank}.pt")
-    preempted(tokenizer, teacher, out, killed=what == "cases" and rank == 1)
+    results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
+    results["refused"] = {
+        "shard_auto": _refuse(tokenizer, teacher, placement="shard", automatic=True),
+        "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
+    }
+    results["saved"] = {kind: resumable(tokenizer, teacher, out, fsdp=kind, save=kind) for kind in ("sharded", "full")}
+    results["saved"]["fsdp1"] = resumable(tokenizer, teacher, out, save="fsdp1", **FSDP1_SHARDED)
+    resumable(tokenizer, None, out, fsdp="sharded", save="plain", max_duration="3ba")
+    results["resumed"] = {name: resumable(tokenizer, teacher, out, **options) for name, options in RESUMED.items()}
+    results["resumed"]["added"] = resumable(tokenizer, teacher, out, fsdp="sharded", load="plain/ep0-ba3")
+    results["resumed"]["removed"] = resumable(tokenizer, None, out, fsdp="sharded", load="sharded/ep0-ba3")
+    results["resumed"]["over"] = resumable(tokenizer, "./nowhere", out, fsdp="sharded", load="sharded/ep0-ba6")
+    torch.save(results, out / f"rank{dist.get_global_rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Two gloo ranks: the same collectives, together the gradient of one rank, and checkpoints that go on elsewhere."""
 
-import json
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -20,14 +18,6 @@ from ranks import CASES, RESUMED, resumable
 from let_composer import LET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "tests/ranks.py", *arguments]
-    ones = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_INTERPRET"), "1")
-    environment = {**os.environ, **ones, "CUDA_VISIBLE_DEVICES": ""}
-    root = Path(__file__).parents[1]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @contextmanager
@@ -57,8 +47,12 @@ def checkpoints(loaded, teacher_folder, tmp_path_factory) -> Path:
         resumable(loaded, teacher_folder, out, save="one")
         resumable(loaded, None, out, save="one_plain", max_duration="3ba")
         resumable(loaded, teacher_folder, out, fsdp="sharded", save="one_sharded")
-    result = launch(teacher_folder, str(out))
-    assert "Rank 1 crashed with exit code -9" in result.stderr, result.stdout[-3000:] + result.stderr[-5000:]
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "tests/ranks.py", teacher_folder, str(out)]
+    ones = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_INTERPRET"), "1")
+    environment = {**os.environ, **ones, "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     return out
 
 
@@ -96,16 +90,10 @@ def test_two_ranks_log_and_train_what_one_does_on_the_whole_batch(results, singl
             assert result[case]["fired"] == [True] * (8 if "microbatches" in case else 4)
 
 
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("teachers", r"expected the same teacher on every rank.*\(rank 0 .*; rank 1 "),
-        ("shard_auto", "does not work with device_train_microbatch_size: auto"),
-        ("tp", "LET does not run with tensor parallelism"),
-    ],
-)
-def test_refused_on_every_rank(results, what, message):
-    assert all(re.search(message, result["refused"][what], re.S) for result in results)
+def test_refused_on_every_rank(results):
+    for result in results:
+        assert "does not work with device_train_microbatch_size: auto" in result["refused"]["shard_auto"]
+        assert "LET does not run with tensor parallelism" in result["refused"]["tp"]
 
 
 class TestResume:
@@ -148,17 +136,3 @@ class TestResume:
         assert found.keys() == single.keys() and len(found.get("let/loss", [])) == guided
         for curve, values in found.items():
             assert values == pytest.approx(single[curve], rel=1e-4), curve
-
-    def test_a_run_that_is_killed_goes_on_by_itself(self, checkpoints, teacher_folder, uninterrupted):
-        """Rank 1 was killed in the fifth batch at the end of the first launch."""
-        result = launch(teacher_folder, str(checkpoints), "resume")
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
-        lines = [json.loads(line) for line in (checkpoints / "curve.jsonl").read_text().splitlines()]
-        totals = [(line["batch"], line["loss/train/total"]) for line in lines if "loss/train/total" in line]
-        assert [batch for batch, _ in totals] == [0, 1, 2, 3, 3, 4, 5, 6, 7]
-        for batch, total in totals:
-            assert total == pytest.approx(uninterrupted["loss/train/total"][batch], rel=1e-4)
-        guidance = [(line["batch"], line["let/loss"]) for line in lines if "let/loss" in line]
-        assert [batch for batch, _ in guidance] == [1, 2, 3, 4, 4, 5]  # logged when the batch has ended
-        for batch, loss in guidance:
-            assert loss == pytest.approx(uninterrupted["let/loss"][batch - 1], rel=1e-4)
