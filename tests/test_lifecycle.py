@@ -98,12 +98,6 @@ class TestResume:
         assert mean(tmp_path / "copy", **load) is not None
         assert mean(tmp_path / "other", **load) is None
 
-    def test_added_to_an_old_run(self, train, let, saved):
-        load = saved(max_duration="4ba")
-        with pytest.warns(UserWarning, match="LET is not in the state_dict"):
-            trainer = train(let(stop="4ba"), **load, max_duration="4ba")
-        assert metrics(trainer, "let/weight") == [0.5, 0.25, 0.0]
-
     def test_the_state_is_plain(self, train, let):
         train(algorithm := let(stop="4ba", normalize_teacher="standardize"), max_duration="4ba")
         state = algorithm.state_dict()
