@@ -45,8 +45,9 @@ def test_weight_one_trains_on_the_teacher_alone(train, teacher_folder, tokenizer
     found = train(RKD(teacher_folder, weight=1.0, temperature=2.0), max_duration="1ba")
     data = next(iter(found.state.train_dataloader))
     student = build_student(tokenizer)
-    teacher = Teacher(teacher_folder, head=True).logits(data["input_ids"])
-    distillation_loss(student(data)["logits"], teacher, counted(data), 2.0).backward()
+    teacher = Teacher(teacher_folder, head=True)
+    logits = teacher.project(teacher.hidden(data["input_ids"]))
+    distillation_loss(student(data)["logits"], logits, counted(data), 2.0).backward()
     torch.optim.SGD(student.parameters(), lr=0.1).step()
     assert_close(parameters(found), {name: p.detach() for name, p in student.named_parameters()})
 

@@ -1,16 +1,12 @@
 """The teacher's start on four ranks, two nodes of two: one verdict for all, and a share for each rank of a node."""
 
-import os
 import re
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from composer.utils import dist
-from conftest import copy_teacher, load_tokenizer
+from conftest import copy_teacher, load_tokenizer, spawn
 from transformers import LlamaForCausalLM
 
 from let_composer.teacher import load_teacher
@@ -26,32 +22,25 @@ def refused(name: str, vocabulary: dict[int, str], **options: Any) -> str:
     return "nothing"
 
 
-def start(rank: int, port: int, teacher: str, out: str) -> None:
-    """One rank, which writes what it saw; ``out`` also has teachers, one with other weights and one that is broken."""
-    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "NODE_RANK": rank // 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-    os.environ.update({name: str(value) for name, value in (place | address).items()})
-    torch.set_num_threads(1)
-    dist.initialize_dist("cpu", timeout=60)
+def start(teacher: str, out: str) -> dict[str, Any]:
+    """What one rank saw; ``out`` has teachers, one with other weights and one that is broken."""
+    rank = dist.get_global_rank()
     vocabulary = {index: token for token, index in load_tokenizer(teacher).get_vocab().items()}
     ids = torch.arange(16).view(2, 8)
     whole = load_teacher(teacher, vocabulary, head=True)
     shared = load_teacher(teacher, vocabulary, placement="shard", head=True)
     weight: Any = shared.body.layers[0].mlp.down_proj.weight
-    results = {
-        "logits": whole.logits(ids),
-        "shared": shared.logits(ids),
+    return {
+        "logits": whole.project(whole.hidden(ids)),
+        "shared": shared.project(shared.hidden(ids)),
         "share": (tuple(weight.shape), tuple(weight.to_local().shape)),
         "fingerprints": (whole.fingerprint, shared.fingerprint),
         "separates": whole.separates_documents,
-        "other": refused(teacher if rank < 2 else os.path.join(out, "other"), vocabulary),
+        "other": refused(teacher if rank < 2 else f"{out}/other", vocabulary),
         "missing": refused(teacher if rank != 3 else "./nowhere", vocabulary),
-        "broken": refused(os.path.join(out, "broken"), vocabulary),
+        "broken": refused(f"{out}/broken", vocabulary),
         "vocabulary": refused(teacher, {0: "x"}),
     }
-    torch.save(results, Path(out, f"rank{rank}.pt"))
-    dist.barrier()
-    os._exit(0)  # gloo's taking down hangs now and then where a rank of another group has left already
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +50,7 @@ def ranks(teacher_folder, tmp_path_factory) -> list[dict[str, Any]]:
         copy_teacher(
             teacher_folder, out / name, lambda model, value=value: model.model.norm.weight.data[0].fill_(value)
         )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(start, (port, teacher_folder, str(out)), nprocs=4, daemon=True)
-    return [torch.load(out / f"rank{rank}.pt") for rank in range(4)]
+    return spawn(start, 2, out, teacher_folder, str(out))
 
 
 def test_every_rank_has_it_whole_or_its_share_within_the_node(ranks, teacher_folder):
