@@ -11,19 +11,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from composer import Callback, Trainer
-from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from conftest import (
-    allow_fsdp_without_cuda,
-    assert_close,
-    build_data,
-    build_trainer,
-    load_tokenizer,
-    metrics,
-    parameters,
-    spawn,
-)
+from conftest import allow_fsdp_without_cuda, assert_close, build_data, build_trainer, load_tokenizer, spawn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
@@ -32,7 +22,6 @@ from let_composer import LET
 from let_composer.student import resolve_layer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
 
 COMPILED = {"compile_config": {"backend": "aot_eager"}}
 CASES: dict[str, dict[str, Any]] = {
@@ -63,9 +52,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-def build(
-    tokenizer: PreTrainedTokenizerFast, teacher: str | None, batch_size: int = 4, **case: Any
-) -> tuple[Trainer, InMemoryLogger]:
+def build(tokenizer: PreTrainedTokenizerFast, teacher: str | None, batch_size: int = 4, **case: Any) -> Trainer:
     """A Trainer with a student of its own, and with LET if there is a teacher."""
     parallelism: dict[str, Any] = {}
     for name, config in (("fsdp1", FSDPConfig), ("fsdp2", FSDP2Config)):
@@ -75,23 +62,21 @@ def build(
         parallelism["tp"] = case.pop("tp")
     options = {key: case.pop(key) for key in ("placement", "implementation", "stop") if key in case}
     options = {"stop": "3ba", "weight": "auto", "normalize_teacher": "standardize", **options}
-    trainer = build_trainer(
+    return build_trainer(
         tokenizer,
         *([] if teacher is None else [LET(teacher, **options)]),
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
         data=build_data(tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
-        loggers=[logger := InMemoryLogger()],
         callbacks=[_MeanOfGradients()],
         parallelism_config=parallelism or None,
         dist_timeout=60,
         **{"max_duration": "4ba", **case},
     )
-    return trainer, logger
 
 
 def run(tokenizer: PreTrainedTokenizerFast, teacher: str, case: dict[str, Any]) -> dict[str, Any]:
     """What one case trained and logged, and how often the block's output was seen, with a gradient or without."""
-    trainer, logger = build(tokenizer, teacher, **case)
+    trainer = build(tokenizer, teacher, **case)
     fired: list[bool] = []
     if "compile_config" not in case:  # a list that grows inside of what is compiled means compiling at every step
         block = resolve_layer(trainer.state.model, 3)[1]
@@ -105,7 +90,7 @@ def run(tokenizer: PreTrainedTokenizerFast, teacher: str, case: dict[str, Any]) 
             full = p.full_tensor() if isinstance(p, DTensor) else p
             parameters[name.removeprefix("module.")] = full.detach().clone()
     trainer.close()
-    return {"parameters": parameters, "metrics": _logged(logger, "let/"), "fired": fired}
+    return {"parameters": parameters, "metrics": _logged(trainer, "let/"), "fired": fired}
 
 
 def resumable(
@@ -123,7 +108,7 @@ def resumable(
     """
     if save := options.pop("save", None):
         options = {"save_folder": str(out / save), "save_interval": "3ba", **options}
-    trainer, logger = build(
+    trainer = build(
         tokenizer,
         teacher,
         batch_size=8 // dist.get_world_size(),
@@ -135,17 +120,18 @@ def resumable(
     )
     trainer.fit()
     trainer.close()
-    return _logged(logger, "let/l", "loss/train/total")
+    return _logged(trainer, "let/l", "loss/train/total")
 
 
-def _logged(logger: InMemoryLogger, *prefixes: str) -> dict[str, list[float]]:
-    return {name: [float(v) for _, v in points] for name, points in logger.data.items() if name.startswith(prefixes)}
+def _logged(trainer: Trainer, *prefixes: str) -> dict[str, list[float]]:
+    data = trainer.logger.destinations[0].data
+    return {name: [float(v) for _, v in points] for name, points in data.items() if name.startswith(prefixes)}
 
 
 def _refuse(tokenizer: PreTrainedTokenizerFast, teacher: str, **case: Any) -> str:
     automatic = case.pop("automatic", False)
     try:
-        trainer, _ = build(tokenizer, teacher, **case)
+        trainer = build(tokenizer, teacher, **case)
         trainer.state.auto_microbatching = automatic  # as device_train_microbatch_size: auto sets it, on CUDA only
         trainer.fit()
     except ValueError as error:
@@ -220,12 +206,8 @@ def results(checkpoints, teacher_folder) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def single(tokenizer, teacher_folder, train) -> Any:
-    return train(
-        LET(teacher_folder, stop="3ba", weight="auto", normalize_teacher="standardize"),
-        data=build_data(tokenizer, ragged=True),
-        max_duration="4ba",
-    )
+def single(loaded, teacher_folder) -> dict[str, Any]:
+    return run(loaded, teacher_folder, {"batch_size": 8})
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +220,9 @@ def test_two_ranks_log_and_train_what_one_does_on_the_whole_batch(results, singl
     first, second = (result[case]["metrics"] for result in results)
     assert first == second
     for name, values in first.items():
-        assert values == pytest.approx(metrics(single, name), rel=1e-5, abs=1e-7), name
+        assert values == pytest.approx(single["metrics"][name], rel=1e-5, abs=1e-7), name
     for result in results:
-        assert_close(parameters(single), result[case]["parameters"])
+        assert_close(single["parameters"], result[case]["parameters"])
         if "compile_config" not in CASES[case]:  # the block is seen once per forward, and with a gradient
             assert result[case]["fired"] == [True] * (8 if "microbatches" in case else 4)
 
