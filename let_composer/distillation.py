@@ -50,7 +50,6 @@ class RKD(Guidance[RKDOptions]):
         ValueError: As in :class:`LET`, and if weight or temperature is out of range.
     """
 
-    options_type = RKDOptions
     prefix = "kd"
 
     def __init__(
@@ -86,9 +85,9 @@ class RKD(Guidance[RKDOptions]):
             logits_of(state.outputs),
             states,
             mask,
+            state.batch["labels"].roll(-1, dims=1),
+            self._teacher.project,
             self.options.temperature,
-            project=self._teacher.project,
-            targets=state.batch["labels"].roll(-1, dims=1),
         )
         self._sums.add(counts=counts)
         return term

@@ -86,7 +86,6 @@ class LET(Guidance[LETOptions]):
             does not fit the run, at ``BATCH_START`` for batches without ``input_ids`` and ``labels``.
     """
 
-    options_type = LETOptions
     prefix = "let"
 
     def __init__(

@@ -64,7 +64,6 @@ _EVENTS = {
 class Lifecycle(Algorithm, Generic[OptionsT]):
     """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both."""
 
-    options_type: ClassVar[type[Options]]
     prefix: ClassVar[str]  # of metrics and hyperparameters
 
     def __init__(self, options: OptionsT) -> None:

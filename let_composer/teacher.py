@@ -40,7 +40,7 @@ class Teacher:
         device: Where it runs; in bf16 on CUDA, in fp32 elsewhere.
         placement: ``"replicate"`` loads it straight to the device. ``"shard"`` leaves it in the host's memory until
             :meth:`shard`, so that the device never holds the whole.
-        head: Whether to keep the LM head, for :meth:`logits` and :meth:`project`. A tied one is held once.
+        head: Whether to keep the LM head, for :meth:`project`. A tied one is held once.
         trust_remote_code: Whether code that comes with the weights may run.
         check: Whether to check it before it is placed, on the CPU and in fp32; for another device it is loaded once
             more for that. Default: ``True``.
@@ -133,12 +133,6 @@ class Teacher:
         mask, documents = (None if x is None else cut(x) for x in (attention_mask, sequence_id))
         hidden = self._run(cut(input_ids), mask, documents)
         return hidden.view(batch, padded, -1)[:, :length]
-
-    def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, sequence_id: Tensor | None = None
-    ) -> Tensor:
-        """Next-token logits ``[B, S, V]``, where the head was kept; arguments as for :meth:`hidden`."""
-        return self.project(self.hidden(input_ids, attention_mask, sequence_id))
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:

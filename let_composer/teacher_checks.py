@@ -80,7 +80,7 @@ def check_head(teacher: "Teacher", model: Any) -> None:
         ValueError: If they differ.
     """
     ids = _random_ids(teacher)
-    expected, found = model(input_ids=ids).logits, teacher.logits(ids)
+    expected, found = model(input_ids=ids).logits, teacher.project(teacher.hidden(ids))
     if _differ(found, expected):
         ratio = float((expected * found).sum() / found.square().sum())
         raise ValueError(

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 from composer import DataSpec, Evaluator, Trainer
 from composer.loggers import InMemoryLogger
+from composer.utils import dist
 from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
 from llmfoundry.models.hf import ComposerHFCausalLM
 from llmfoundry.models.mpt import ComposerMPTCausalLM
@@ -244,6 +248,25 @@ def metrics(trainer: Trainer, name: str) -> list[float]:
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.state.model.named_parameters()}
+
+
+def spawn(function: Callable[..., Any], nodes: int, folder: Path, *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` returns on two ranks of each node, all on the CPU; ``folder`` is to hold it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2 * nodes}
+    torch.multiprocessing.spawn(_rank, (function, place, folder, arguments), nprocs=2 * nodes, daemon=True)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2 * nodes)]
+
+
+def _rank(rank: int, function: Callable[..., Any], place: dict[str, Any], folder: Path, arguments: Any) -> None:
+    place |= {"RANK": rank, "LOCAL_RANK": rank % 2, "NODE_RANK": rank // 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"CUDA_VISIBLE_DEVICES": ""})
+    torch.set_num_threads(1)
+    dist.initialize_dist("cpu", timeout=60)
+    torch.save(function(*arguments), folder / f"rank{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo's taking down hangs now and then where a rank of another group has left already
 
 
 def allow_fsdp_without_cuda() -> None:

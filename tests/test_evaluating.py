@@ -10,8 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import LENGTH, VOCABULARY, load_tokenizer
-from ranks import resumable
-from test_ranks import one_rank
+from test_ranks import one_rank, resumable
 from transformers import AutoModelForCausalLM
 
 from let_composer import LET

@@ -1,6 +1,7 @@
 """Shards as users stream them: an S3-compatible server, several streams, llm-foundry's loader."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -51,15 +52,10 @@ def listing(bucket: str, prefix: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, bpe: str) -> Plan:
     file = tmp_path_factory.mktemp("source") / "a.jsonl"
     file.write_bytes(jsonl(english(120_000), lambda i: NAMES[i % 3 == 0]))
-    return file
-
-
-@pytest.fixture(scope="module")
-def made(source: Path, bpe: str) -> Plan:
-    return plan(source, bpe, validation=0.1, by_subset=True, shard_bytes=4_000)
+    return plan(file, bpe, validation=0.1, by_subset=True, shard_bytes=4_000)
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +101,9 @@ def test_upload_and_read_back(
     assert b"proportion: 0.75" in body and not list(tmp_path.iterdir())
 
 
-UPLOAD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from texts import plan, run
-run(plan(sys.argv[2], sys.argv[3], validation=0.1, by_subset=True, shard_bytes=4_000), sys.argv[4])
-"""
-
-
 @pytest.mark.slow
 def test_interrupted_uploads(
-    tmp_path: Path, source: Path, bpe: str, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at a random object (``LET_KILLS=30`` for as many), then a store that is away, then called again."""
     chooser, client = random.Random(5), boto3.client("s3")
@@ -123,12 +111,12 @@ def test_interrupted_uploads(
     for kill in range(int(os.environ.get("LET_KILLS", "1"))):
         folder, moment = f"cut-{kill}", chooser.randrange(len(shards(local)))
         remote = f"s3://{bucket}/{folder}"
-        here = str(Path(__file__).parent)
-        process = subprocess.Popen([sys.executable, "-c", UPLOAD, here, str(source), bpe, remote])
-        while process.poll() is None and len(listing(bucket, f"{folder}/")) < moment:
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(made, remote))
+        process.start()
+        while process.is_alive() and len(listing(bucket, f"{folder}/")) < moment:
             time.sleep(0.01)
         process.kill()
-        process.wait()
+        process.join()
         sent = listing(bucket, f"{folder}/").keys()
         assert "manifest.json" not in sent or shards(local).keys() <= sent  # it is there when all else is
         if kill == 0:

@@ -45,28 +45,15 @@ FAMILIES = {
     "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
 }
 WAITING = {"opt", "mixtral", "dynamic", "longrope"}  # families for which the host waits, as the docstring says
-MIXED = {
-    "jamba": transformers.JambaConfig(
-        **SIZES,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=2,
-        num_experts=2,
-        use_mamba_kernels=False,
-        mamba_dt_rank=4,
-    ),
-    "zamba2": transformers.Zamba2Config(
-        **SIZES,
-        mamba_d_state=8,
-        mamba_headdim=8,
-        n_mamba_heads=4,
-        chunk_size=8,
-        hybrid_layer_ids=[1, 3],
-        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-        num_mem_blocks=1,
-        use_mamba_kernels=False,
-    ),
-}
+HYBRID = transformers.JambaConfig(
+    **SIZES,
+    attn_layer_period=2,
+    attn_layer_offset=1,
+    expert_layer_period=2,
+    num_experts=2,
+    use_mamba_kernels=False,
+    mamba_dt_rank=4,
+)
 
 
 def save(config: Any, folder: Any) -> Any:
@@ -77,7 +64,7 @@ def save(config: Any, folder: Any) -> Any:
     for name, p in model.named_parameters():  # biases begin as zeros
         if name.endswith("bias"):
             nn.init.normal_(p)
-    model.save_pretrained(folder, safe_serialization=config.model_type != "zamba2")  # that one shares blocks
+    model.save_pretrained(folder)
     return model
 
 
@@ -93,7 +80,7 @@ def test_states_and_logits_are_the_models_own_and_can_be_had_in_parts(family):
     ids = torch.randint(0, 99, (2, 8))
     expected = model(ids, output_hidden_states=True)
     torch.testing.assert_close(teacher.hidden(ids), expected.hidden_states[-1])
-    torch.testing.assert_close(teacher.logits(ids), expected.logits)
+    torch.testing.assert_close(teacher.project(teacher.hidden(ids)), expected.logits)
     torch.testing.assert_close(teacher.project(teacher.hidden(ids)[:, 2:5]), expected.logits[:, 2:5])
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
@@ -138,9 +125,8 @@ def test_the_host_waits_for_no_device_but_with_the_families_named_in_the_docstri
     assert bool(reads.found) == (name in WAITING), reads.found
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_a_hybrid_has_layers_but_does_not_separate_documents(name, tmp_path):
-    model = save(MIXED[name], tmp_path)
+def test_a_hybrid_has_layers_but_does_not_separate_documents(tmp_path):
+    model = save(HYBRID, tmp_path)
     ids = torch.randint(0, 99, (2, 8))
     teacher = Teacher(str(tmp_path), layer=2)
     torch.testing.assert_close(teacher.hidden(ids), model(ids, output_hidden_states=True).hidden_states[2])

@@ -9,22 +9,16 @@ from torch.utils.checkpoint import checkpoint
 
 from let_composer.balance import histogram
 
-__all__ = ["compare_logits", "distillation_loss"]
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over tokens of ``temperature**2 * KL(teacher || student)``; see :func:`compare_logits`."""
-    return compare_logits(student, teacher, mask, temperature)[0]
+__all__ = ["compare_logits"]
 
 
 def compare_logits(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
+    targets: Tensor,
+    project: Callable[[Tensor], Tensor],
     temperature: float = 1.0,
-    *,
-    project: Callable[[Tensor], Tensor] | None = None,
-    targets: Tensor | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """The distillation loss, and how much better the teacher predicts each label.
@@ -37,26 +31,21 @@ def compare_logits(
 
     Args:
         student: Logits ``[B, S, V_s]``.
-        teacher: Logits ``[B, S, V_t]``, or with ``project`` hidden states ``[B, S, D_t]``. Ids beyond the smaller
-            vocabulary are padding and left out.
+        teacher: Hidden states ``[B, S, D_t]``.
         mask: Tokens that count, boolean ``[B, S]``.
+        targets: The token that is to be predicted at each position, ``[B, S]``, to compare both models on.
+        project: From hidden states ``[chunk, D_t]`` to logits ``[chunk, V_t]``. Ids beyond the smaller vocabulary are
+            padding and left out.
         temperature: Of both softmaxes, greater than 0. Default: ``1.0``.
-        project: From hidden states ``[chunk, D_t]`` to logits ``[chunk, V_t]``. Default: ``None``.
-        targets: The token that is to be predicted at each position, ``[B, S]``, to compare both models on. Default:
-            ``None``.
         chunk: Tokens at a time. Default: ``1024``.
 
     Returns:
-        A scalar, 0 if no token counts; and the counts ``[BINS]`` for :func:`let_composer.balance.stacking_weight`,
-        all 0 without ``targets``.
+        A scalar, 0 if no token counts; and the counts ``[BINS]`` for :func:`let_composer.balance.stacking_weight`.
     """
-    if targets is None:
-        targets = mask.long() * -1
 
     def divergence(student: Tensor, teacher: Tensor, mask: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if project is not None:
-            with torch.no_grad():
-                teacher = project(teacher)
+        with torch.no_grad():
+            teacher = project(teacher)
         vocabulary = min(student.shape[-1], teacher.shape[-1])
         ours, theirs = (F.log_softmax(x[:, :vocabulary].float() / temperature, dim=-1) for x in (student, teacher))
         tokens = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)

@@ -260,8 +260,6 @@ def unsupported(*inputs: Tensor | None) -> str | None:
         return "they take fp32, bf16 and fp16"
     if any(x.shape[-1] > MAX_WIDTH for x in tensors):
         return f"they take widths up to {MAX_WIDTH}"
-    if any(x.shape[:-1].numel() >= 2**31 for x in tensors):
-        return "they take fewer than 2^31 tokens"
     return None
 
 
