@@ -31,12 +31,10 @@ class Guidance(Lifecycle[OptionsT]):
 
     def restart(self) -> None:
         """Forget what was learnt on the way: a run starts."""
-        self.batch_flops = 0.0  # the teacher's, on this rank, in the batch that ended last
         self._weight = 0.0  # of this batch
         self._needs_mask = True  # the teacher, in this batch
         self._warned = False
         self._sums = BatchSums()
-        self._flops = 0.0  # the teacher's, in this batch
         self.ends_early = ""  # why, if there is a reason
         self.drop_microbatch()
 
@@ -116,7 +114,6 @@ class Guidance(Lifecycle[OptionsT]):
         """Forget the batch."""
         self.drop_microbatch()
         self._sums.clear()
-        self._flops = 0.0
 
     def drop_microbatch(self) -> None:
         """Forget the microbatch."""
@@ -154,22 +151,17 @@ class Guidance(Lifecycle[OptionsT]):
             self._run_teacher(state)
         states, self._states = self._states, None
         assert states is not None
-        assert self._teacher is not None
-        rows, length = mask.shape
-        self._flops += self._teacher.flops(0, 1, rows * self.options.projected(length))  # of the head alone
         self._term = self.term(state, states, mask)
         self._sums.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 
     def _run_teacher(self, state: State) -> None:
         # Outside autocast, as every algorithm: the teacher's weights have the type it is to compute in.
         assert self._teacher is not None
-        ids = state.batch["input_ids"]
         self._states = self._teacher.hidden(
-            ids,
+            state.batch["input_ids"],
             state.batch.get("attention_mask") if self._needs_mask else None,
             state.batch.get("sequence_id") if self._separates else None,
         )
-        self._flops += self._teacher.flops(ids.numel(), ids.shape[-1])
         for other in self.sharing:
             if isinstance(other, Guidance) and other.guiding:
                 other._states = self._states
@@ -193,7 +185,6 @@ class Guidance(Lifecycle[OptionsT]):
         values = {name: float(sums[name]) / tokens for name in ("loss", "lm_loss")}
         values.update(self.report(sums, self._weight))
         logger.log_metrics({f"{self.prefix}/{name}": value for name, value in values.items()})
-        self.batch_flops = self._flops
         self.schedule.batch = state.timestamp.batch.value
         if values.get("usable", 1.0) < _LOW and not self._warned:
             self._warned = True

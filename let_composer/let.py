@@ -78,7 +78,6 @@ class LET(Guidance[LETOptions]):
 
     Logs under ``let/``, exact over microbatches and ranks, what the table "Metrics" of let_composer/README.md explains:
     weight, ``active`` and the teacher's share of the FLOPs at the start of a batch, means over tokens at its end.
-    :class:`let_composer.throughput.GuidedThroughput` logs throughput with the teacher's FLOPs.
 
     Raises:
         TypeError: For an argument of another type.

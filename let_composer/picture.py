@@ -149,11 +149,12 @@ def _draw_losses(
             text += f", ★ after {reached['mean'] / whole['mean']:.0%} of the {over}"
         _plot(axis, of[""], color=colors[arm], label=text)
         if "weight" in of:
-            stop = of["weight"][0][-1]
-            text = "teacher released" if stop < 0.98 * of[""][0][-1] else "guided to the end"
-            if own["teacher_share"]:
-                text += f", it took {own['teacher_share']['mean']:.1%} of the compute"
+            stop, share = of["weight"][0][-1], own["teacher_share"]
+            text = f"guided; the teacher took {share['mean']:.1%} of the compute" if share else "guided"
             axis.axvspan(0, stop, color=colors[arm], alpha=0.1, lw=0, label=text)
+            if stop < 0.98 * of[""][0][-1]:
+                place, above = (stop, 0.02), axis.get_xaxis_transform()
+                axis.text(*place, "teacher released ", color=colors[arm], ha="right", transform=above)
     # After a fifth of each run: what comes before is so steep that it would hide the differences.
     late = np.concatenate([y[x >= 0.2 * x[-1]] for x, y, *_ in (of[""] for of in bands.values())])
     low, high = np.nanmin(late), np.nanmax(late)

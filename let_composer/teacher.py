@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from let_composer.masks import block_diagonal, positions
 from let_composer.pretrained import build, download, load, load_config
 from let_composer.ranks import check_same, everywhere
-from let_composer.student import Capture, blocks_passed, depth, find_blocks, matmul_parameters
+from let_composer.student import Capture, blocks_passed, find_blocks, matmul_parameters
 from let_composer.teacher_checks import check_causal, check_finite, check_head, fingerprint, separates_documents
 from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
@@ -85,9 +85,8 @@ class Teacher:
             body, model = load(name, dtype, target, trust_remote_code, head)
         model.eval().requires_grad_(False)
         self.context = _context_length(body.config)
-        self.rows, width = body.get_input_embeddings().weight.shape
+        self.rows = body.get_input_embeddings().weight.shape[0]
         self._capture = _cut(name, body, layer)
-        self._attention = 4 * (depth(body) or 0) * width  # FLOPs for one query and one key
         self.body = body
         self._takes = inspect.signature(body.forward).parameters.keys()
         output = model.get_output_embeddings() if head else None
@@ -155,17 +154,6 @@ class Teacher:
                 f"{length} tokens. Choose another teacher, or let documents attend across (attn_uses_sequence_id: "
                 "false)."
             )
-
-    def flops(self, tokens: int, length: int, projected: int = 0) -> float:
-        """FLOPs of a forward, counted as llm-foundry counts the student's for its MFU: matrices and full attention.
-
-        Args:
-            tokens: Number of token ids, padding included.
-            length: Length of the sequences that they are in.
-            projected: How many of them go through the head as well. Default: ``0``.
-        """
-        body = tokens * (2.0 * self.parameters + self._attention * min(length, self.context or length))
-        return body + 2.0 * self.head_parameters * projected
 
     def shard(self) -> None:
         """Shard the parameters over the ranks of each node (FSDP2), moving block by block to the device.

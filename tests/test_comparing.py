@@ -143,8 +143,8 @@ def test_files_are_written(tmp_path, capsys):
     assert written["curves"]["plain"][1]["loss"] == [[1000, 2000, 3000, 4000], pytest.approx([6, 5, 4.5, 4.2])]
     assert "LET, weight 1 reaches the final loss of plain" in capsys.readouterr().out
     first = (out / "comparison.svg").read_bytes()
-    for text in (b"LET, weight 1 reaches the final", b"teacher released, it took 14.3%", b"of plain training"):
-        assert text in first
+    for text in ("LET, weight 1 reaches the final", "teacher released", "teacher took 14.3%", "of plain training"):
+        assert text.encode() in first
     assert main(arguments) == 0
     assert (out / "comparison.svg").read_bytes() == first
 
