@@ -41,7 +41,7 @@ def out(tmp_path: Path) -> Path:
 # ---- what is written ----
 
 
-def test_every_token_of_every_document_in_order(tmp_path: Path, bpe: str) -> None:
+def test_every_token_of_every_document_in_order(tmp_path, bpe):
     texts = [f"{i} {text}" for i, text in enumerate(english())] + [f"The token {EOS} ends nothing.", "漢字🙂"]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(texts[:500]))
@@ -67,7 +67,7 @@ def test_every_token_of_every_document_in_order(tmp_path: Path, bpe: str) -> Non
     assert 0.2 < (where[: len(where) // 2] < len(where) // 2).mean() < 0.8
 
 
-def test_every_format_gives_the_same_shards(tmp_path: Path, out: Path, bpe: str) -> None:
+def test_every_format_gives_the_same_shards(tmp_path, out, bpe):
     data = jsonl(english(150_000))
     half = data.index(b"\n", len(data) // 2) + 1
     rows = [json.loads(line) for line in data.splitlines()]
@@ -88,7 +88,7 @@ def test_every_format_gives_the_same_shards(tmp_path: Path, out: Path, bpe: str)
         shutil.rmtree(out)
 
 
-def test_validation_holds_out_by_text(tmp_path: Path, out: Path, bpe: str) -> None:
+def test_validation_holds_out_by_text(tmp_path, out, bpe):
     texts = sorted({text.strip() for text in english()})
     # The same texts again in another order: a copy must not land on the other side.
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts + texts[::-1]))
@@ -99,7 +99,7 @@ def test_validation_holds_out_by_text(tmp_path: Path, out: Path, bpe: str) -> No
     assert len(train) + len(val) >= 2 * len(texts) - 10
 
 
-def test_by_subset(tmp_path: Path, out: Path, bpe: str) -> None:
+def test_by_subset(tmp_path, out, bpe):
     names = ["Pile-CC", "Wikipedia (en)", "My own / texts"]
     texts = [f"{i % 3} {text}" for i, text in enumerate(english())]
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts, lambda i: names[i % 3]))
@@ -112,7 +112,7 @@ def test_by_subset(tmp_path: Path, out: Path, bpe: str) -> None:
         assert manifest["streams"][name]["splits"]["train"]["documents"] == len(mine)
 
 
-def test_wide_vocabulary_takes_wider_integers(tmp_path: Path, out: Path) -> None:
+def test_wide_vocabulary_takes_wider_integers(tmp_path, out):
     words = [EOS, *(f"w{i}" for i in range(70_000))]
     model: Any = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=EOS))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -128,7 +128,7 @@ def test_wide_vocabulary_takes_wider_integers(tmp_path: Path, out: Path) -> None
 # ---- the same bytes, come what may ----
 
 
-def test_neither_workers_nor_pieces_change_the_bytes(tmp_path: Path, bpe: str) -> None:
+def test_neither_workers_nor_pieces_change_the_bytes(tmp_path, bpe):
     (tmp_path / "a.jsonl").write_bytes(jsonl(english()))
     made = plan(tmp_path / "a.jsonl", bpe, validation=0.1)
     run(made, tmp_path / "1", workers=1)
@@ -156,7 +156,7 @@ def program(source: Path, bpe: str, out: Path, *limit: str) -> subprocess.Popen[
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path: Path, source: Path, out: Path, bpe: str) -> None:
+def test_killed_at_random_moments(tmp_path, source, out, bpe):
     """``LET_KILLS=30`` kills that often. A moment is a count of files written, so that all of the work is met."""
     source.write_bytes(jsonl(english() * 4))
     again = plan(source, bpe, validation=0.1)
@@ -180,9 +180,7 @@ def test_killed_at_random_moments(tmp_path: Path, source: Path, out: Path, bpe: 
             shutil.rmtree(out)
 
 
-def test_interrupted_at_every_step_of_the_end(
-    tmp_path: Path, source: Path, out: Path, bpe: str, step: Callable[..., Any]
-) -> None:
+def test_interrupted_at_every_step_of_the_end(tmp_path, source, out, bpe, step):
     source.write_bytes(jsonl(english(60_000), lambda i: ["Pile-CC", "Github"][i % 2]))
     made = plan(source, bpe, validation=0.1, by_subset=True, piece_bytes=1 << 20)
     run(made, tmp_path / "unbroken")
@@ -234,7 +232,7 @@ def step() -> Callable[..., Any]:
 
 
 @pytest.mark.slow
-def test_full_disk_stops_cleanly(tmp_path: Path, source: Path, out: Path, bpe: str) -> None:
+def test_full_disk_stops_cleanly(tmp_path, source, out, bpe):
     source.write_bytes(jsonl(english()))
     process = program(source, bpe, out, "6000")
     error = process.communicate()[1]
@@ -249,7 +247,7 @@ def test_full_disk_stops_cleanly(tmp_path: Path, source: Path, out: Path, bpe: s
 # ---- what is there already ----
 
 
-def test_second_call_returns_what_is_there(source: Path, out: Path, bpe: str) -> None:
+def test_second_call_returns_what_is_there(source, out, bpe):
     made = plan(source, bpe)
     first = run(made, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -259,9 +257,7 @@ def test_second_call_returns_what_is_there(source: Path, out: Path, bpe: str) ->
         run(made, out, sequence_length=32)
 
 
-def test_other_work_is_refused_but_not_for_on_error(
-    tmp_path: Path, source: Path, out: Path, bpe: str, step: Callable[..., Any]
-) -> None:
+def test_other_work_is_refused_but_not_for_on_error(tmp_path, source, out, bpe, step):
     source.write_bytes(jsonl(english(100_000)) + b"broken\n" + jsonl(english(60_000)))
     made = plan(source, bpe)
     with pytest.raises(ValueError, match="invalid JSON"):
@@ -284,7 +280,7 @@ def test_other_work_is_refused_but_not_for_on_error(
         run(made, out)
 
 
-def test_two_processes_at_once(tmp_path: Path, source: Path, out: Path, bpe: str) -> None:
+def test_two_processes_at_once(tmp_path, source, out, bpe):
     source.write_bytes(jsonl(english()))
     with FileLock(tmp_path / "out.partial.lock"), pytest.raises(ValueError, match="Another process is at work"):
         run(plan(source, bpe), out)
@@ -296,7 +292,7 @@ def test_two_processes_at_once(tmp_path: Path, source: Path, out: Path, bpe: str
     assert shards(out) == shards(tmp_path / "alone") and not list(tmp_path.glob("out.*"))
 
 
-def test_what_is_not_ours_is_kept(tmp_path: Path, source: Path, bpe: str) -> None:
+def test_what_is_not_ours_is_kept(tmp_path, source, bpe):
     made = plan(source, bpe)
     np.savez(tmp_path / "mine.partial.npz", mine=1)
     with pytest.raises(ValueError, match=r"mine\.partial\.npz is wanted for unfinished work, but holds something else"):
@@ -328,7 +324,7 @@ BAD_LINES = [
 ]
 
 
-def test_bad_lines(source: Path, out: Path, bpe: str) -> None:
+def test_bad_lines(source, out, bpe):
     lines = jsonl(english(100_000)).splitlines(keepends=True)
     good = len(lines)
     for number, (_, line) in enumerate(BAD_LINES):
@@ -346,7 +342,7 @@ def test_bad_lines(source: Path, out: Path, bpe: str) -> None:
     assert manifest["streams"][""]["splits"]["train"]["documents"] == good
 
 
-def test_damaged_files(tmp_path: Path, out: Path, bpe: str) -> None:
+def test_damaged_files(tmp_path, out, bpe):
     """All whole lines before the damage are there, and the next file."""
     data = jsonl([f"{i} {text}" for i, text in enumerate(english())])
     checked = {zstd.CompressionParameter.checksum_flag: 1}
@@ -373,7 +369,7 @@ def test_damaged_files(tmp_path: Path, out: Path, bpe: str) -> None:
     assert manifest["streams"][""]["splits"]["train"]["documents"] == read - sum(counts.values())
 
 
-def test_damaged_parquet(tmp_path: Path, bpe: str) -> None:
+def test_damaged_parquet(tmp_path, bpe):
     texts = [f"{i} {text}" for i, text in enumerate(english() * 2)]
     raw = [text.encode() for text in texts]
     raw[700] = b"\xff\xfe is not UTF-8"
@@ -414,9 +410,7 @@ def test_damaged_parquet(tmp_path: Path, bpe: str) -> None:
         ("a.jsonl", {"sequence_length": 1_000_000}, "less than one sequence of 1000000"),
     ],
 )
-def test_what_the_user_can_put_right(
-    tmp_path: Path, source: Path, out: Path, bpe: str, inputs: str, changes: Any, message: str
-) -> None:
+def test_what_the_user_can_put_right(tmp_path, source, out, bpe, inputs, changes, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=message):
@@ -424,9 +418,7 @@ def test_what_the_user_can_put_right(
     assert not out.exists()
 
 
-def test_a_store_whose_url_has_no_slashes_is_no_folder(
-    tmp_path: Path, source: Path, bpe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_whose_url_has_no_slashes_is_no_folder(tmp_path, source, bpe, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="Cannot upload to dbfs:/Volumes/a/b/c/pile: .*Check name, keys and network"):
         run(plan(source, bpe), "dbfs:/Volumes/a/b/c/pile")

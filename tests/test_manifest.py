@@ -27,7 +27,7 @@ def config(out: Path, tokenizer: Any, **dataset: Any) -> dict[str, Any]:
     return {"tokenizer": {"name": str(tokenizer), "kwargs": {}}, "train_loader": {"name": "text", "dataset": data}}
 
 
-def test_manifest_is_checked(tmp_path: Path, out: Path, bpe: str, caplog: Any) -> None:
+def test_manifest_is_checked(tmp_path, out, bpe, caplog):
     hf = AutoTokenizer.from_pretrained(bpe)
     hf.add_tokens(["<added later>"])  # is in no shard
     hf.save_pretrained(tmp_path / "copy")
@@ -44,9 +44,7 @@ def test_manifest_is_checked(tmp_path: Path, out: Path, bpe: str, caplog: Any) -
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"name": "an app", "tokenizer": "x"}', None])
-def test_a_manifest_that_is_not_there_or_not_ours_is_said(
-    tmp_path: Path, bpe: str, content: str | None, caplog: Any
-) -> None:
+def test_a_manifest_that_is_not_there_or_not_ours_is_said(tmp_path, bpe, content, caplog):
     (tmp_path / "train").mkdir()
     if content:
         (tmp_path / "train" / "manifest.json").write_text(content)
@@ -56,7 +54,7 @@ def test_a_manifest_that_is_not_there_or_not_ours_is_said(
     assert said in caplog.text
 
 
-def test_a_cache_of_other_shards_is_refused(tmp_path: Path, out: Path, bpe: str) -> None:
+def test_a_cache_of_other_shards_is_refused(tmp_path, out, bpe):
     cache, index = tmp_path / "cache" / "train" / "index.json", (out / "train" / "index.json").read_bytes()
     cached = config(out, bpe, remote=str(out), local=str(tmp_path / "cache"))
     check_config(cached)
@@ -68,7 +66,7 @@ def test_a_cache_of_other_shards_is_refused(tmp_path: Path, out: Path, bpe: str)
         check_config(cached)
 
 
-def test_llm_foundry_checks_every_run(tmp_path: Path, out: Path, bpe: str) -> None:
+def test_llm_foundry_checks_every_run(tmp_path, out, bpe):
     """As the registered transform, which baselines meet, too; on the loaders' streams and the evaluation's."""
     registry.config_transforms.register("let_composer_manifest", func=check_config)
     good = config(out, bpe)

@@ -8,7 +8,6 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from huggingface_hub.utils import reset_sessions
 from let_composer.data.sources import list_sources, read_pieces
 
 
-def test_folders_links_and_names(tmp_path: Path) -> None:
+def test_folders_links_and_names(tmp_path):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     for path in ("b.jsonl", "sub/c.jsonl", "a [1].jsonl.gz", ".hidden.jsonl", "notes.txt", ".git/c.jsonl"):
         (data / path).parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +51,7 @@ def test_folders_links_and_names(tmp_path: Path) -> None:
         list_sources([str(data)])
 
 
-def test_a_file_on_the_web_is_not_read_to_list_it(tmp_path: Path) -> None:
+def test_a_file_on_the_web_is_not_read_to_list_it(tmp_path):
     """A page of links is a folder; a file is none, whatever is in it."""
     text = b'{"text": "<a href=\'more.jsonl\'>"}\n'
     (tmp_path / "sub").mkdir()
@@ -79,7 +78,7 @@ def test_a_file_on_the_web_is_not_read_to_list_it(tmp_path: Path) -> None:
     assert piece.payload == text
 
 
-def test_a_store_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"Cannot list s3://bucket/a\.jsonl: Install s3fs"):
         list_sources(["s3://bucket/a.jsonl"])
@@ -87,7 +86,7 @@ def test_a_store_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         list_sources(["nosuch://bucket/a.jsonl"])
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="Cannot list hf://datasets/some/data/en: .*(offline mode|Max retries)"):
         list_sources(["hf://datasets/some/data/en"])
@@ -154,7 +153,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     HfFileSystem.clear_instance_cache()
 
 
-def test_a_hub_data_set_is_read_at_one_commit(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_is_read_at_one_commit(hub, monkeypatch):
     for name in ("hf://datasets/some/data/en", "hf://datasets/some/data/en/*.jsonl"):
         sources, _ = list_sources([name])
         (source,) = sources
@@ -166,7 +165,7 @@ def test_a_hub_data_set_is_read_at_one_commit(hub: str, monkeypatch: pytest.Monk
     assert list_sources([name])[0] != sources  # so a continued call is refused
 
 
-def test_a_store_that_fails_is_not_taken_for_a_damaged_file(hub: str) -> None:
+def test_a_store_that_fails_is_not_taken_for_a_damaged_file(hub):
     (source,) = list_sources(["hf://datasets/some/data/fr"])[0]
     with pytest.raises(ValueError, match=rf"(?s)Cannot read {source}: 403 .*call again"):
         list(read_pieces(source, 1 << 20, "text"))

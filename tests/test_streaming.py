@@ -75,9 +75,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory, made: Plan, bucket: str) ->
     return f"s3://{bucket}/shards"
 
 
-def test_upload_and_read_back(
-    tmp_path: Path, bucket: str, remote: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_upload_and_read_back(tmp_path, bucket, remote, local, made, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = listing(bucket, "shards/")
     assert set(found) == {*shards(local), "streams.yaml"}
@@ -102,9 +100,7 @@ def test_upload_and_read_back(
 
 
 @pytest.mark.slow
-def test_interrupted_uploads(
-    tmp_path: Path, bucket: str, local: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_uploads(tmp_path, bucket, local, made, monkeypatch):
     """Killed at a random object (``LET_KILLS=30`` for as many), then a store that is away, then called again."""
     chooser, client = random.Random(5), boto3.client("s3")
     monkeypatch.chdir(tmp_path)
@@ -165,7 +161,7 @@ print(json.dumps([run("whole", "a"), run("cut", "b", kill="9"), run("cut", "b")]
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_from_the_server(tmp_path: Path, bpe: str, bucket: str, remote: str) -> None:
+def test_killed_run_resumes_from_the_server(tmp_path, bpe, bucket, remote):
     """LET on two streams from the server, killed between checkpoints, ends bit for bit as a run that was not."""
     torch.manual_seed(1)
     size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -205,7 +201,7 @@ def test_killed_run_resumes_from_the_server(tmp_path: Path, bpe: str, bucket: st
     assert cached < 50_000 < sum(sent)
 
 
-def test_llm_foundry_reads_the_same_tokens(tmp_path: Path, bpe: str) -> None:
+def test_llm_foundry_reads_the_same_tokens(tmp_path, bpe):
     """The stream is token for token the one of llm-foundry's own converter, and its loader reads ours."""
     import datasets
     from llmfoundry.data import ConcatTokensDataset

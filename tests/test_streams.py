@@ -1,7 +1,6 @@
 """The streams: block, and that streaming samples what it says."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from let_composer.data.streams import PILE_WEIGHTS, streams_block
 pytestmark = leaves_open
 
 
-def test_streams_block_is_what_streaming_samples(tmp_path: Path, bpe: str) -> None:
+def test_streams_block_is_what_streaming_samples(tmp_path, bpe):
     from omegaconf import OmegaConf
     from streaming import Stream
 
@@ -41,7 +40,7 @@ def test_streams_block_is_what_streaming_samples(tmp_path: Path, bpe: str) -> No
     assert sum(PILE_WEIGHTS.values()) == pytest.approx(100)
 
 
-def test_proportions_reach_the_file_or_stop_the_work(tmp_path: Path, bpe: str, capsys: Any) -> None:
+def test_proportions_reach_the_file_or_stop_the_work(tmp_path, bpe, capsys):
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     source.write_bytes(jsonl(english(100_000), lambda i: ["Pile-CC", "ArXiv", "Github"][i % 3]))
     made = plan(source, bpe, by_subset=True)
@@ -62,7 +61,7 @@ def test_proportions_reach_the_file_or_stop_the_work(tmp_path: Path, bpe: str, c
         assert f"with a weight above 0, such as 'Pile-CC=0.5', got '{wrong}'" in capsys.readouterr().err
 
 
-def test_documents_without_a_subset_are_counted(tmp_path: Path, bpe: str, capsys: Any) -> None:
+def test_documents_without_a_subset_are_counted(tmp_path, bpe, capsys):
     rows = [{"text": text, "meta": ["Pile-CC"] if i % 2 else "Pile-CC"} for i, text in enumerate(english(60_000))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", bpe]

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from texts import english, jsonl, plan, run
@@ -26,7 +25,7 @@ print([most(file) - before for file in sys.argv[3:]])
 
 
 @pytest.mark.slow
-def test_memory_is_bounded(tmp_path: Path, bpe: str) -> None:
+def test_memory_is_bounded(tmp_path, bpe):
     """Half a million rows without text take no more than others; a document takes up to 100 times its size."""
     text = "\n".join(english(400_000))
     (tmp_path / "small.jsonl").write_bytes(jsonl([text] * 8))
@@ -39,7 +38,7 @@ def test_memory_is_bounded(tmp_path: Path, bpe: str) -> None:
     assert long < 100 * 10 * len(text)
 
 
-def test_a_document_that_is_too_long_is_said(tmp_path: Path, bpe: str) -> None:
+def test_a_document_that_is_too_long_is_said(tmp_path, bpe):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a short one", "a" * ((64 << 20) + 1)]))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes .*: split it"):
         run(plan(tmp_path / "a.jsonl", bpe), tmp_path / "out", workers=1)

@@ -1,7 +1,6 @@
 """Shards read back: damage and wrong counts are found, and a running loader is left alone."""
 
 import json
-from pathlib import Path
 
 import pytest
 from streaming import StreamingDataset
@@ -12,7 +11,7 @@ from let_composer.data.verify import verify
 pytestmark = leaves_open
 
 
-def test_verify(tmp_path: Path, bpe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify(tmp_path, bpe, capsys):
     text = "A sentence that the screen will show. "
     (tmp_path / "a.jsonl").write_bytes(jsonl([text * 40] * 30))
     out = tmp_path / "out"
