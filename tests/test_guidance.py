@@ -108,17 +108,23 @@ class TestAccumulation:
         trainer.fit()
         assert given == [(needed, False)] * 4
 
-    def test_weighted_by_samples_as_composer_weights_the_students_loss(self, train, tokenizer, let, teacher_folder):
+    @pytest.mark.parametrize(("layer", "place"), [(3, 3), ("model.transformer.blocks.1", 2)])
+    @pytest.mark.parametrize(("teacher_layer", "resize"), [(-1, "student"), (1, "teacher")])
+    def test_weighted_by_samples_as_composer_weights_the_students_loss(
+        self, train, tokenizer, let, teacher_folder, layer, place, teacher_layer, resize
+    ):
         data = build_data(tokenizer, ragged=True)
         batch = next(iter(data.dataloader))
         options = {"device_train_microbatch_size": 2, "accumulate_train_batch_on_tokens": False}
-        guided = train(let(stop="1ba", weight=0.5), data=data, **options, max_duration="1ba", lr=1.0)
-        model, teacher = build_student(tokenizer), Teacher(teacher_folder)
+        algorithm = let(stop="1ba", weight=0.5, student_layer=layer, teacher_layer=teacher_layer, resize=resize)
+        guided = train(algorithm, data=data, **options, max_duration="1ba", lr=1.0)
+        model, teacher = build_student(tokenizer), Teacher(teacher_folder, layer=teacher_layer)
         for rows in torch.arange(8).split(2):
             part = {key: batch[key][rows] for key in ("input_ids", "labels", "attention_mask")}
             ids, mask = part["input_ids"], part["attention_mask"]
             outputs = model.model(ids, attention_mask=mask, output_hidden_states=True)
-            term = alignment_loss(outputs.hidden_states[3], teacher.hidden(ids, mask), counted(part))
+            states = outputs.hidden_states[place], teacher.hidden(ids, mask)
+            term = alignment_loss(*states, counted(part), resize=resize)
             (0.25 * (model.loss(outputs, part) + 0.5 * term)).backward()
         torch.optim.SGD(model.parameters(), lr=1.0).step()
         assert_close({name: p.detach() for name, p in model.named_parameters()}, parameters(guided))

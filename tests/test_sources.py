@@ -78,18 +78,19 @@ def test_a_file_on_the_web_is_not_read_to_list_it(tmp_path):
     assert piece.payload == text
 
 
-def test_a_store_without_its_package(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("s3://bucket/a.jsonl", "Install s3fs"),
+        ("nosuch://bucket/a.jsonl", "Protocol not known: nosuch"),
+        ("hf://datasets/some/data/en", "(offline mode|Max retries)"),
+    ],
+)
+def test_a_store_that_cannot_be_listed(monkeypatch, name, message):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ValueError, match=r"Cannot list s3://bucket/a\.jsonl: Install s3fs"):
-        list_sources(["s3://bucket/a.jsonl"])
-    with pytest.raises(ValueError, match="Cannot list nosuch://.*Protocol not known: nosuch"):
-        list_sources(["nosuch://bucket/a.jsonl"])
-
-
-def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="Cannot list hf://datasets/some/data/en: .*(offline mode|Max retries)"):
-        list_sources(["hf://datasets/some/data/en"])
+    with pytest.raises(ValueError, match=f"Cannot list {name}: .*{message}"):
+        list_sources([name])
 
 
 @contextlib.contextmanager

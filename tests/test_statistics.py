@@ -70,9 +70,8 @@ def test_they_go_where_the_features_are():
         torch.full((50, 50), 0.1) + torch.linspace(0, 3, 50),  # features that do not vary
         3e3 + torch.randn(50, 50, generator=torch.Generator().manual_seed(0)),  # that vary little beside their mean
         torch.randn(1, 100, generator=torch.Generator().manual_seed(0)),  # one counted token
-        torch.randn(1, 100, generator=torch.Generator().manual_seed(1)).expand(64, 100),  # equal tokens
     ],
-    ids=["constant", "large mean", "one token", "equal tokens"],
+    ids=["constant", "large mean", "one token"],
 )
 @pytest.mark.parametrize("batches", [1, 3])
 def test_deviations_are_finite_whatever_the_features(rows, batches):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import foundry_yaml
 from moto.server import ThreadedMotoServer
-from texts import EOS, LENGTH, english, jsonl, leaves_open, plan, run, samples, shards
+from texts import EOS, LENGTH, english, jsonl, leaves_open, plan, run, shards
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from let_composer.data.convert import Plan
@@ -161,7 +161,7 @@ print(json.dumps([run("whole", "a"), run("cut", "b", kill="9"), run("cut", "b")]
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_from_the_server(tmp_path, bpe, bucket, remote):
+def test_killed_run_resumes_from_the_server(tmp_path, bpe, remote):
     """LET on two streams from the server, killed between checkpoints, ends bit for bit as a run that was not."""
     torch.manual_seed(1)
     size = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -195,10 +195,6 @@ def test_killed_run_resumes_from_the_server(tmp_path, bpe, bucket, remote):
     assert (len(whole["losses"]), whole["guided"], len(resumed["losses"]), resumed["guided"]) == (24, 12, 19, 7)
     assert resumed["losses"] == whole["losses"][5:]
     assert resumed["parameters"] == whole["parameters"]
-    # More came from the server than the cache may hold.
-    cached = sum(path.stat().st_size for path in (tmp_path / "b").rglob("*") if path.is_file())
-    sent = [v["Size"] for k, v in listing(bucket, "shards/").items() if "train/" in k and "shard." in k]
-    assert cached < 50_000 < sum(sent)
 
 
 def test_llm_foundry_reads_the_same_tokens(tmp_path, bpe):
@@ -206,7 +202,6 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path, bpe):
     import datasets
     from llmfoundry.data import ConcatTokensDataset
     from llmfoundry.data.text_data import build_text_dataloader
-    from streaming.base.util import clean_stale_shared_memory
 
     texts = english(150_000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
@@ -214,8 +209,6 @@ def test_llm_foundry_reads_the_same_tokens(tmp_path, bpe):
     hf, rows = AutoTokenizer.from_pretrained(bpe), datasets.Dataset.from_dict({"text": texts})
     theirs: Any = ConcatTokensDataset(rows, hf, max_length=LENGTH, bos_text="", eos_text=EOS, no_wrap=False)
     expected = np.stack([row["tokens"] for row in theirs])
-    assert np.array_equal(np.stack(samples(tmp_path / "out" / "train")), expected)
-    clean_stale_shared_memory()
     config = {"local": str(tmp_path / "out"), "split": "train", "shuffle": False, "max_seq_len": LENGTH}
     build: Any = build_text_dataloader
     spec = build(

@@ -216,9 +216,7 @@ def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job],
     )
 
 
-@functools.cache
-def _read(path: Path) -> comparing.Run:
-    return comparing.read_run(path)
+_read = functools.cache(comparing.read_run)
 
 
 def _teacher(arms: Arms) -> str | None:
