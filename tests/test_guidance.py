@@ -320,8 +320,8 @@ class TestTwoMethods:
     """LET and RKD guide one run."""
 
     def test_two_lets_are_refused(self, train, let):
-        with pytest.raises(ValueError, match=r"one algorithm that logs under let/, got LET\(.* and 1 more\."):
-            train(RKD("./nowhere"), let(), let(student_layer=1), fit=False)
+        with pytest.raises(ValueError, match=r"one algorithm that logs under let/, got LET\(.*'7ba'.* and 1 more\."):
+            train(RKD("./nowhere"), let(stop="7ba"), let(student_layer=1), fit=False)
 
     def test_their_order_does_not_matter_and_one_teacher_serves_both(self, train, teacher_folder, monkeypatch):
         runs = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from let_composer import LET, RKD, SALT
+from let_composer import LET, SALT
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,3 @@ from let_composer import LET, RKD, SALT
 def test_bad_options(method, options, error, message):
     with pytest.raises(error, match=message):
         method(**options)
-
-
-@pytest.mark.parametrize("method", [LET, RKD, SALT])
-def test_they_are_shown(method):
-    shown = repr(method(stop="7ba"))
-    assert shown.startswith(f"{method.__name__}(teacher=") and "stop='7ba'" in shown
