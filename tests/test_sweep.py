@@ -150,8 +150,10 @@ def test_what_a_teacher_taught_is_done_anew_when_it_is_trained_anew(experiment, 
     jobs = sweep.plan(experiment)
     assert [job.name for job in jobs if job.done(runs)] == ["plain-s3", "hub-s3"]
     monkeypatch.setattr(sweep, "TRAIN", os.devnull)
+    (runs / "another's.done").touch()
     assert sweep.run(jobs[:1], runs, 1) == []
     assert [job.name for job in jobs if job.done(runs)] == ["small", "plain-s3", "hub-s3"]
+    assert (runs / "another's.done").exists()
 
 
 def test_null_removes_an_algorithm_of_the_base(experiment):

@@ -12,6 +12,7 @@ import pandas as pd
 
 from let_composer.cli import told
 from let_composer.configuration import load, quiet
+from let_composer.files import replacing
 from let_composer.planning import HARDWARE, make_plan
 
 YAMLS = ("let_1b4", "let_7b")
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         axis.set_title(f"{title} (computed; teacher red)", loc="left", fontsize=10)
         axis.set_ylim(len(found) - 0.4, -0.7)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=130)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
 
 def _taught_by(config: Any) -> list[str]:
     given = [str((options or {}).get("teacher")) for options in (config.get("algorithms") or {}).values()]
-    folder = f"{config.variables.runs}/huggingface/"
+    folder = f"{om.select(config, 'variables.runs')}/huggingface/"  # a marker that is not ours has none
     return [teacher.removeprefix(folder) for teacher in given if teacher.startswith(folder)]
 
 
