@@ -34,12 +34,12 @@ def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, kwargs: dict[str, Any] | None = None) -> Any:
     """Load a fast tokenizer."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **(kwargs or {}))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer at {name!r}: expected a folder with tokenizer.json or a name on the model hub. {error}"
@@ -106,8 +106,9 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
         manifest, why_not = read_manifest(folder)
         if manifest:
             try:
-                tokenizer = tokenizer or _build_tokenizer(**config["tokenizer"])
-            except (OSError, ValueError) as error:
+                # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
+                tokenizer = tokenizer or load_tokenizer(**config["tokenizer"])
+            except ValueError as error:
                 why_not = f"the run's tokenizer cannot be built ({error})"
             else:
                 _check(manifest, folder, tokenizer, max_seq_len, cached)
@@ -151,12 +152,3 @@ def _shards(config: dict[str, Any]) -> Iterator[tuple[str, str | None, int]]:
                     split = stream.get("split") or dataset.get("split")
                     cached = join(local, split) if remote and local and remote != local else None
                     yield join(remote or local, split), cached, dataset["max_seq_len"]
-
-
-def _build_tokenizer(name: str, kwargs: dict[str, Any] | None = None, **_: Any) -> Any:
-    from llmfoundry import registry
-    from transformers import AutoTokenizer
-
-    # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
-    make = registry.tokenizers.get if name in registry.tokenizers else None
-    return make(name)(**(kwargs or {})) if make else AutoTokenizer.from_pretrained(name, **(kwargs or {}))
