@@ -338,7 +338,7 @@ def test_bad_lines(source, out, bpe):
     expected = [f"{source}, line {101 + 20 * number}: {kind}: " for number, (kind, _) in enumerate(BAD_LINES)]
     for line, start in zip(manifest["problems"]["first"], expected, strict=True):
         assert line.startswith(start)
-    assert "expected an object with a string under 'text', got one with content" in manifest["problems"]["first"][4]
+    assert "expected an object with a string under 'text', got ['content']" in manifest["problems"]["first"][4]
     assert manifest["problems"]["counts"] == {"empty text": 1, "invalid JSON": 1, "invalid UTF-8": 2, "no text": 3}
     assert manifest["streams"][""]["splits"]["train"]["documents"] == good
 
@@ -398,12 +398,12 @@ def test_damaged_parquet(tmp_path, bpe):
     [
         ("empty", {}, "Nothing to read at .*Expected files that end in .jsonl"),
         ("a.txt", {}, "Nothing to read at .*Expected files that end in .jsonl"),
-        ("a.jsonl", {"workers": -1}, "--workers must be at least 1, got 64 and -1"),
+        ("a.jsonl", {"workers": -1}, "--workers must exceed 0, got 64, -1"),
         ("a.jsonl", {"tokenizer": "nowhere/at all"}, "No tokenizer at 'nowhere/at all'"),
         ("a.jsonl", {"eos": "<eos>"}, "must be one token of .*got '<eos>'"),
-        ("a.jsonl", {"sequence_length": 0}, "must be at least 1, got 0 and 2"),
+        ("a.jsonl", {"sequence_length": 0}, "must exceed 0, got 0, 2"),
         ("a.jsonl", {"validation": 1.0}, r"--validation must be a share in \[0, 1\), such as .* got 1\.0"),
-        ("a.jsonl", {"text_key": "body"}, r"line 1: no text: .*a string under 'body', got one with text, meta"),
+        ("a.jsonl", {"text_key": "body"}, r"line 1: no text: .*a string under 'body', got \['text', 'meta'\]"),
         ("a.jsonl", {"sequence_length": 1_000_000}, "less than one sequence of 1000000"),
     ],
 )

@@ -87,7 +87,7 @@ def test_upload_and_read_back(tmp_path, bucket, remote, local, made, monkeypatch
         assert max(parts) <= found[f"{folder}/index.json"]["LastModified"] <= found["manifest.json"]["LastModified"]
     manifest = json.loads((local / "manifest.json").read_text())
     assert run(made, remote) == manifest
-    assert sum(verify(remote, 0).values()) == sum(verify(str(local), 0).values()) > 20_000
+    assert sum(verify(remote).values()) == sum(verify(str(local)).values()) > 20_000
     for written in (f"{remote}/pile-cc/train", f"{remote}//pile-cc//train/"):
         found, why_not = read_manifest(written)
         assert found and found["sequence_length"] == LENGTH, why_not

@@ -41,5 +41,7 @@ def test_memory_is_bounded(tmp_path, bpe):
 
 def test_a_document_that_is_too_long_is_said(tmp_path, bpe):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a short one", "a" * ((64 << 20) + 1)]))
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes .*: split it"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes, got .*: split it"
+    ):
         run(plan(tmp_path / "a.jsonl", bpe), tmp_path / "out", workers=1)

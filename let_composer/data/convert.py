@@ -12,7 +12,6 @@ whole URL's name.
 
 import argparse
 import contextlib
-import itertools
 import math
 import multiprocessing
 import os
@@ -60,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos", help="token that ends each document (the tokenizer's own)")
     add("--on-error", choices=("stop", "skip"), default="stop", help="at unreadable input (%(default)s)")
     add("--seed", dest="shuffle_seed", type=int, default=17, metavar="N", help="of the order of shards (%(default)s)")
-    order = "keep the shards in the order of the input"
-    add("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help=order)
+    add("--no-shuffle", dest="shuffle_seed", action="store_const", const=None, help="keep the order of the input")
     add("--text-key", default="text", help="field or column with the text (%(default)s)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s, one a core)")
     add("--verify", action="store_true", help="read all of OUT back at the end")
@@ -105,8 +103,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
             arguments that do not fit together.
     """
     if min(args.sequence_length, args.workers) < 1:
-        got = f"{args.sequence_length} and {args.workers}"
-        raise ValueError(f"--sequence-length and --workers must be at least 1, got {got}.")
+        raise ValueError(f"--sequence-length and --workers must exceed 0, got {args.sequence_length}, {args.workers}.")
     if not 0 <= args.validation < 1:
         raise ValueError(f"--validation must be a share in [0, 1), such as 0.01, got {args.validation}.")
     if args.proportions and not args.by_subset:
@@ -146,7 +143,6 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes from the folder; errors of disk and memory are told in the user's terms."""
     lock = folder.with_name(f"{folder.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             try:
@@ -156,8 +152,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
     except OSError as error:
-        free = f"{shutil.disk_usage(lock.parent).free / 1e9:.2f} GB free on the disk of {folder}"
-        raise ValueError(f"Cannot go on: {error} ({free}). Put that right and {AGAIN}") from error
+        raise ValueError(f"Cannot go on: {error}. Put that right and {AGAIN}") from error
     except BrokenProcessPool as error:
         raise ValueError(f"A worker was killed, most often for want of memory. With fewer --workers {AGAIN}") from error
 
@@ -192,17 +187,14 @@ def _convert_pieces(shards: Shards, args: argparse.Namespace, sources: dict[str,
     # Not fork: the parent has threads by now (tokenizers, torch), which a forked child may find holding locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["let_composer.data.tokens"])
-    pool = ProcessPoolExecutor(args.workers, context, start_worker, (args, tokenizer))
     sizes = [about["bytes"] for about in sources.values()]
-    try:
-        with tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, disable=args.quiet) as bar:
-            for number, source in itertools.islice(enumerate(sources), max(done[0], 0), None):
-                for count, piece in enumerate(read_pieces(source, args.piece_bytes, args.text_key)):
-                    if [number, count] > done:
-                        pending.append(([number, count], pool.submit(tokenize, piece)))
-                        collect(2 * args.workers)
-                    bar.update(sum(sizes[:number]) + piece.position - bar.n)
-            collect(0)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    bar = tqdm(total=sum(sizes) or None, unit="B", unit_scale=True, disable=args.quiet)
+    with bar, ProcessPoolExecutor(args.workers, context, start_worker, (args, tokenizer)) as pool:
+        for number, source in list(enumerate(sources))[max(done[0], 0) :]:
+            for count, piece in enumerate(read_pieces(source, args.piece_bytes, args.text_key)):
+                if [number, count] > done:
+                    pending.append(([number, count], pool.submit(tokenize, piece)))
+                    collect(2 * args.workers)
+                bar.update(sum(sizes[:number]) + piece.position - bar.n)
+        collect(0)
     shards.save()

@@ -113,8 +113,7 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
             else:
                 _check(manifest, folder, tokenizer, max_seq_len, cached)
         if why_not:
-            message = "Neither the tokenizer nor the sequence length of the shards in %s was checked: %s."
-            log.warning(message, folder, why_not)
+            log.warning("Neither tokenizer nor sequence length of the shards in %s was checked: %s.", folder, why_not)
     return config
 
 
@@ -127,11 +126,10 @@ def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: i
     made = manifest["tokenizer"]
     ours = tokenizer_fingerprint(tokenizer, made["vocabulary_size"])  # tokens added since are in no shard
     if made["fingerprint"] != ours:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ValueError(
             f"The shards in {folder} were made with the tokenizer {made['name']!r} ({made['vocabulary_size']} tokens, "
-            f"{made['fingerprint'][:19]}…), but the run's is {name!r} ({len(tokenizer)} tokens, {ours[:19]}…): the "
-            "same ids mean other text. Use that tokenizer, or prepare shards with this one."
+            f"{made['fingerprint'][:19]}…), but the run's is {tokenizer.name_or_path!r} ({len(tokenizer)} tokens, "
+            f"{ours[:19]}…): the same ids mean other text. Use that tokenizer, or prepare shards with this one."
         )
     index, expected = Path(cached or "", "index.json"), manifest.get("index_sha256")
     if cached and expected and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:

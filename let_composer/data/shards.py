@@ -66,7 +66,7 @@ class Shards:
         # A damaged file first: it is the most that is lost.
         problems = sorted(self.state["problems"] + problems, key=lambda problem: ": damaged file: " not in problem)
         self.state["problems"] = problems[:PROBLEMS_KEPT]
-        self.state["counts"] = Counter(self.state["counts"]) + counts
+        self.state["counts"] = dict(Counter(self.state["counts"]) + counts)
         self.state["done"] = place
         if time.monotonic() > self.next_save:
             self.save()
@@ -84,8 +84,7 @@ class Shards:
     def finish(self, manifest: dict[str, Any], seed: int | None) -> None:
         """Complete ``manifest``, and write all that is not there yet, the shards in an order that ``seed`` decides."""
         state, indexes = self.state, {}
-        manifest["problems"] = {"counts": dict(sorted(state["counts"].items())), "first": state["problems"]}
-        manifest["streams"] = {}
+        manifest |= {"problems": {"counts": state["counts"], "first": state["problems"]}, "streams": {}}
         for subset in sorted({stream.rpartition("/")[0] for stream in state["streams"]}):
             splits = {}
             for split in SPLITS:
@@ -169,7 +168,5 @@ def upload(root: Path, remote: str, files: list[str]) -> None:
         for file in files:
             uploader.upload_file(file)
     except Exception as error:  # each store has its own
-        raise ValueError(
-            f"Cannot upload to {remote}: {type(error).__name__}: {error}. Check name, keys and network, and call "
-            "again: what is finished is kept."
-        ) from error
+        failed = f"Cannot upload to {remote}: {type(error).__name__}: {error}"
+        raise ValueError(f"{failed}. Check name, keys and network, and call again: finished work is kept.") from error

@@ -1,6 +1,5 @@
 """One piece of input to the token ids of its documents, in a worker."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -85,14 +84,12 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
             problem(number, "invalid JSON", str(error))
         else:
             if content is None:
-                got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
-                expected = f"an object with a string under {_args.text_key!r}"
-                problem(number, "no text", f"expected {expected}, got {got[:80]}")
+                got = str(list(row) if isinstance(row, dict) else row)[:80]
+                problem(number, "no text", f"expected an object with a string under {_args.text_key!r}, got {got}")
             elif not text or text.isspace():
                 problem(number, "empty text", "the document holds no text")
             elif len(content) > LONGEST:
-                expected = f"at most {LONGEST} bytes a document"
-                problem(number, "too long", f"expected {expected}, got {len(content)}: split it")
+                problem(number, "too long", f"expected at most {LONGEST} bytes, got {len(content)}: split it")
             else:
                 place = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
                 yield f"{subset}/{SPLITS[place < _args.validation]}", text, len(content)
@@ -100,8 +97,5 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
 
 def _subset(row: dict[str, Any]) -> str:
     meta = row.get("meta")
-    if isinstance(meta, str):
-        with contextlib.suppress(ValueError):
-            meta = json.loads(meta)
     name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
     return name.encode().decode() if isinstance(name, str) else UNLABELLED
