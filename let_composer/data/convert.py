@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     args.proportions = dict(args.proportions)
     manifest = convert(args)
-    about = {"made": manifest["streams"], "skipped": manifest["problems"], "left out": manifest["left_out"]}
+    made = {name or "all": about["splits"] for name, about in manifest["streams"].items()}
+    about = {"made": made, "skipped": manifest["problems"], "left out": manifest["left_out"]}
     print(yaml.safe_dump(about, default_flow_style=None, sort_keys=False, width=120), file=sys.stderr)
     if UNLABELLED in manifest["streams"]:
         print("The unlabelled have no name under meta.pile_set_name or pile_set_name.", file=sys.stderr)
