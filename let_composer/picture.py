@@ -138,15 +138,15 @@ def _plot(axis: Any, band: tuple[np.ndarray, ...], **style: Any) -> None:
 def _draw_losses(
     axis: Any, bands: dict[str, Bands], colors: dict[str, str], summary: dict[str, Any], over: str
 ) -> None:
-    level, whole = summary["baseline_final_loss"], summary["arms"][0]["over_seeds"][over]
+    level, whole = summary["baseline_final_loss"], summary["arms"][0]["over_seeds"][over]["mean"]
     unit, *_ = scale(summary, over)
     axis.axhline(level, color=PALETTE[0], lw=1, ls=":")
     for row in summary["arms"]:
         arm, own, of = row["arm"], row["over_seeds"], bands[row["arm"]]
         reached, text = own[f"{over}_to_baseline_loss"], f"{row['arm']}: {of[''][1][-1]:.3f}"
-        if arm != summary["baseline"] and reached and whole:
+        if arm != summary["baseline"] and reached:
             axis.plot(reached["mean"] / unit, level, "*", ms=15, color=colors[arm], mec="white", zorder=4)
-            text += f", ★ after {reached['mean'] / whole['mean']:.0%} of the {over}"
+            text += f", ★ after {reached['mean'] / whole:.0%} of the {over}"
         _plot(axis, of[""], color=colors[arm], label=text)
         if "weight" in of:
             stop, share = of["weight"][0][-1], own["teacher_share"]
@@ -158,7 +158,8 @@ def _draw_losses(
     # After a fifth of each run: what comes before is so steep that it would hide the differences.
     late = np.concatenate([y[x >= 0.2 * x[-1]] for x, y, *_ in (of[""] for of in bands.values())])
     low, high = np.nanmin(late), np.nanmax(late)
-    if summary["teacher"] and (own := summary["teacher"]["final_loss"]):
+    if summary["teacher"]:
+        own = summary["teacher"]["final_loss"]
         axis.axhline(own, color="black", lw=1, ls="--", label=f"its teacher: {own:.3f}")
         if abs(own - level) <= 2 * (high - low):
             low, high = min(low, own), max(high, own)
