@@ -97,11 +97,8 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
-    """All figures: of each run, and their spread over an arm's seeds.
-
-    Args:
-        arms: Runs by arm; the first is the baseline. The loss to be reached is the mean of its seeds' final ones.
-        teacher: The run that trained the teacher. Default: ``None``.
+    """All figures: of each run, and their spread over an arm's seeds. The first arm is the baseline; the loss to be
+    reached is the mean of its seeds' final ones.
 
     Raises:
         ValueError: If the baseline's final loss is not a number, or the runs were compared by different metrics.
@@ -214,13 +211,7 @@ def scale(summary: dict[str, Any], over: str) -> tuple[float, str, str]:
 
 
 def compare(arms: dict[str, list[Path]], teacher: Path | str | None, out: Path | str, metric: str = METRIC) -> None:
-    """Read runs, print their table, and write OUT.html, OUT.png, OUT.svg and OUT.json.
-
-    Args:
-        arms: As :func:`group` returns them.
-        teacher: The run that trained the teacher, if it is known.
-        out: Path without suffix.
-        metric: As in :func:`let_composer.logs.resolve_metric`. Default: the validation loss.
+    """Read runs as :func:`group` sorts them, print their table, and write OUT.html, OUT.png, OUT.svg and OUT.json.
 
     Raises:
         ValueError: If a run cannot be read or compared.

@@ -137,8 +137,8 @@ def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
         raise ValueError(f"{folders[0]} holds {starts} runs, or one that began again. Keep the event files of one.")
     # The later value of a step is the one that training went on from.
     log = {tag: pd.Series({float(e.step): e.value for e in values}).sort_index() for tag, values in scalars.items()}
-    for logged in [each.summary_metadata for each in events]:
-        if start := logged.get(metadata.SESSION_START_INFO_TAG):
+    for each in events:
+        if start := each.summary_metadata.get(metadata.SESSION_START_INFO_TAG):
             hparams = metadata.parse_session_start_info_plugin_data(start.plugin_data.content).hparams
             for name, value in hparams.items():
                 settings[name] = getattr(value, str(value.WhichOneof("kind")))

@@ -51,13 +51,8 @@ Compute counts the teacher's forward as LET logged it; it does not count trainin
 
 
 def write_pictures(arms: Arms, summary: dict[str, Any], out: str | Path) -> None:
-    """Write OUT.png and OUT.svg, losses over compute, and OUT.html: verdict, table, curves, settings, environment.
-
-    Args:
-        arms: As given to :func:`let_composer.comparing.summarize`.
-        summary: What it returned.
-        out: Path without suffix.
-    """
+    """Write OUT.png and OUT.svg, losses over compute, and OUT.html: verdict, table, curves, settings, environment; of
+    the arms that :func:`let_composer.comparing.summarize` was given, and its summary."""
     figures = {over: _draw(arms, summary, over) for over in ("compute", "tokens")}
     svg = {over: _render(figure, "svg") for over, figure in figures.items()}
     differ, shared = _settings(arms)
@@ -149,8 +144,8 @@ def _draw_losses(
             text += f", ★ after {reached['mean'] / whole:.0%} of the {over}"
         _plot(axis, of[""], color=colors[arm], label=text)
         if "weight" in of:
-            stop, share = of["weight"][0][-1], own["teacher_share"]
-            text = f"guided; the teacher took {share['mean']:.1%} of the compute" if share else "guided"
+            stop, share = of["weight"][0][-1], own["teacher_share"]["mean"]
+            text = f"guided; the teacher took {share:.1%} of the compute"
             axis.axvspan(0, stop, color=colors[arm], alpha=0.1, lw=0, label=text)
             if stop < 0.98 * of[""][0][-1]:
                 place, above = (stop, 0.02), axis.get_xaxis_transform()

@@ -128,7 +128,7 @@ def make_plan(
         hours=hours,
         price=hours * gpus * price if hours is not None and price is not None else None,
         memory=parts,
-        fits=fits,  # with a tenth of the GPU free
+        fits=fits if hardware else None,  # with a tenth of the GPU free
     )
 
 
