@@ -155,17 +155,16 @@ def _read_csv(path: Path) -> Log:
     columns = {name.lower().lstrip("_"): name for name in table}
     if "step" not in columns:
         raise ValueError(f"{path} has no column Step, _step or step. Its columns are {', '.join(table)}.")
-    step, key, runs = columns["step"], columns.get("metric", columns.get("key")), set()
+    step, key = columns["step"], columns.get("metric", columns.get("key"))
     if key and "value" in columns:  # MLflow: a row for each value
-        long = table.rename(columns={key: "tag", columns["value"]: "value"})
-        runs = set(table[columns["run"]]) if "run" in columns else runs
+        long = table.rename(columns={key: "tag", columns["value"]: "value", columns.get("run"): "run"})
     else:  # W&B's charts name columns "run - metric", and add the range of what they averaged
         ranges = [name for name in table if name.endswith(("__MIN", "__MAX"))]
         long = table.drop(columns=ranges).melt(step, var_name="tag")
-        if long.tag.str.contains(" - ").all():
-            runs, long["tag"] = set(long.tag.str.partition(" - ")[0]), long.tag.str.partition(" - ")[2]
-    if len(runs) > 1:
-        raise ValueError(f"{path} holds {len(runs)} runs: {', '.join(sorted(runs))}. Export one file for each run.")
+        if len(long) and long.tag.str.contains(" - ").all():
+            long[["run", "tag"]] = long.tag.str.partition(" - ")[[0, 2]]
+    if len(runs := sorted(set(long.get("run", ())))) > 1:
+        raise ValueError(f"{path} holds {len(runs)} runs: {', '.join(runs)}. Export one file for each run.")
     long = long[long.value != ""].astype({step: float}).drop_duplicates(["tag", step], keep="last").sort_values(step)
     long["value"] = long.value.transform(pd.to_numeric, errors="coerce")
     return {str(tag): rows.set_index(step).value for tag, rows in long.groupby("tag", sort=False)}

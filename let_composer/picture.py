@@ -28,8 +28,7 @@ PANELS = {
     "weight of\nthe guidance": {"weight": "-"},
     "cosine; dashed: of\na constant vector": {"cosine": "-", "constant_cosine": "--"},
 }
-# By metric: where; mean, lowest and highest over seeds.
-Bands = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+Band = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # where; mean, lowest and highest over seeds
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
@@ -110,7 +109,7 @@ def _draw(arms: Arms, summary: dict[str, Any], over: str) -> Figure:
     return figure
 
 
-def _bands(runs: list[Run], over: str, unit: float) -> Bands:
+def _bands(runs: list[Run], over: str, unit: float) -> dict[str, Band]:
     """What is compared, under "", and each metric of the guidance that all seeds of an arm logged."""
     logged = [{tag.partition("/")[2]: curve for tag, curve in run.guidance.items()} | {"": run.loss} for run in runs]
     bands = {}
@@ -124,14 +123,14 @@ def _bands(runs: list[Run], over: str, unit: float) -> Bands:
     return bands
 
 
-def _plot(axis: Any, band: tuple[np.ndarray, ...], **style: Any) -> None:
+def _plot(axis: Any, band: Band, **style: Any) -> None:
     x, mean, low, high = band
     axis.plot(x, mean, lw=1.8, **style)
     axis.fill_between(x, low, high, color=style["color"], alpha=0.25, lw=0)
 
 
 def _draw_losses(
-    axis: Any, bands: dict[str, Bands], colors: dict[str, str], summary: dict[str, Any], over: str
+    axis: Any, bands: dict[str, dict[str, Band]], colors: dict[str, str], summary: dict[str, Any], over: str
 ) -> None:
     level, whole = summary["baseline_final_loss"], summary["arms"][0]["over_seeds"][over]["mean"]
     unit, *_ = scale(summary, over)

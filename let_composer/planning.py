@@ -24,8 +24,6 @@ from let_composer.names import refuse_unknown
 
 __all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table"]
 
-NEEDED = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -48,11 +46,11 @@ class Plan(SimpleNamespace):
 def make_plan(
     config: DictConfig, gpus: int, hardware: Hardware | None, utilization: float, price: float | None = None
 ) -> Plan:
-    """Plan the run of an llm-foundry YAML.
+    """Plan the run of a YAML, in which keys that say where data lies may be missing.
 
     Args:
-        config: As :func:`let_composer.configuration.load` reads it; keys that say where data lies may be missing.
-        gpus: How many GPUs.
+        config: As :func:`let_composer.configuration.load` reads it.
+        gpus: How many.
         hardware: Which, or ``None``: then no times and no verdict on memory.
         utilization: Share of the peak that a step reaches, recomputation counted as work.
         price: Of a GPU for an hour. Default: ``None``.
@@ -221,7 +219,8 @@ def _check_keys(config: DictConfig) -> None:
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
     from transformers import PretrainedConfig
 
-    require(config, NEEDED, "planning")
+    needed = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
+    require(config, needed, "planning")
     refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
     refuse_unknown("fsdp_config", config.get("fsdp_config") or {}, FSDPConfig.__annotations__)
     if config.get("tp_config"):

@@ -33,7 +33,6 @@ def write_run(folder, loss: list[float], guided: int = 0, memory: float | None =
     took = np.cumsum([3 if step < guided else 2 for step in steps]) / 3600
     log: dict[str, dict[int, float]] = {
         "time/token": {step: step * 100 for step in steps},
-        "loss/train/total": dict.fromkeys(steps, 5.0),
         "let/weight": {step: 1 - step / guided for step in range(guided + 1) if guided},
         "let/cosine": dict.fromkeys(range(guided), 0.5),
         "let/constant_cosine": dict.fromkeys(range(guided), 0.1),
