@@ -13,7 +13,6 @@ Composer's speed monitor, memory its memory monitor, the teacher's compute LET's
 
 import argparse
 import glob
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +51,9 @@ def group(arguments: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def _runs(pattern: str) -> list[Path]:
-    if os.path.exists(pattern):
+    if Path(pattern).exists():
         return [Path(pattern)]
-    return [path for found in sorted(glob.glob(pattern)) if (path := Path(found)).is_dir() or path.suffix == ".csv"]
+    return [path for path in map(Path, sorted(glob.glob(pattern))) if path.is_dir() or path.suffix == ".csv"]
 
 
 def crossing(curve: Curve, level: float) -> float:

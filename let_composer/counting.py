@@ -48,14 +48,12 @@ def build_student(config: DictConfig, dtype: torch.dtype) -> tuple[Any, bool]:
     """
     cfg = cast(dict[str, Any], om.to_container(config.model, resolve=True))
     refuse_uncountable(cfg, "the student")
-    attention = cfg.get("attn_config", {})
-    changes: dict[str, Any] = {"init_device": "meta"}
+    attn, changes = cfg.get("attn_config", {}), {"init_device": "meta"}
     if cfg["name"] == "mpt_causal_lm":  # the torch twins of what needs flash-attn; they multiply as much
-        changes |= {"attn_config": {**attention, "attn_impl": "torch", "rope_impl": "hf"}}
-        changes |= {"loss_fn": "torch_crossentropy"}
+        changes |= {"attn_config": attn | {"attn_impl": "torch", "rope_impl": "hf"}, "loss_fn": "torch_crossentropy"}
     model = build_model(config, changes)
     refuse_uncountable(model.model.config.to_dict(), "the student")
-    return model.to(dtype), attention.get("attn_impl", "flash") == "flash"
+    return model.to(dtype), attn.get("attn_impl", "flash") == "flash"
 
 
 def build_model(config: DictConfig, changes: dict[str, Any]) -> Any:

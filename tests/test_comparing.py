@@ -117,9 +117,9 @@ def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
 def test_a_diverged_arm_is_shown_as_such(tmp_path):
     folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [6.0, math.nan])]
     compare(group(folders), None, tmp_path / "picture")
-    arms = json.loads((tmp_path / "picture.json").read_text())["arms"]
-    assert arms[1]["seeds"][0]["final_loss"] is None
-    assert arms[1]["over_seeds"]["loss_at_equal_tokens"] is arms[1]["over_seeds"]["tokens_to_baseline_loss"] is None
+    _, diverged = json.loads((tmp_path / "picture.json").read_text())["arms"]
+    assert diverged["seeds"][0]["final_loss"] is None
+    assert diverged["over_seeds"]["loss_at_equal_tokens"] is diverged["over_seeds"]["tokens_to_baseline_loss"] is None
     with pytest.raises(ValueError, match="the final loss of b is nan"):
         compare(group(folders[::-1]), None, tmp_path / "picture")
 
