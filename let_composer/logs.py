@@ -56,8 +56,8 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
     nothing: Any = pd.Series({0.0: np.nan})
 
     def curve(tag: str) -> Curve:
-        values: Any = log.get(tag, nothing)
-        return np.interp(values.index.to_numpy(dtype=float), steps, tokens), values.to_numpy(dtype=float)
+        values: Any = log.get(tag, nothing).astype(float).replace([np.inf, -np.inf], np.nan)
+        return np.interp(values.index.to_numpy(dtype=float), steps, tokens), values.to_numpy()
 
     def of_guidance(name: str) -> Any:
         return next((values for tag, values in log.items() if tag in (f"let/{name}", f"kd/{name}")), nothing)

@@ -115,7 +115,7 @@ def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
 
 
 def test_a_diverged_arm_is_shown_as_such(tmp_path):
-    folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [6.0, math.nan])]
+    folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [math.inf, math.nan])]
     compare(group(folders), None, tmp_path / "picture")
     _, diverged = json.loads((tmp_path / "picture.json").read_text())["arms"]
     assert diverged["seeds"][0]["final_loss"] is None
