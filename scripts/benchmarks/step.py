@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -174,14 +173,14 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     args = parser.parse_intermixed_args(arguments)
     config = load(args.yaml, args.overrides)
     hardware = HARDWARE.get(args.gpu)
-    plan = make_plan(config, 1, args.gpu, hardware, 0.4)
+    plan = make_plan(config, 1, hardware, 0.4)
     command = {"yaml": args.yaml, "overrides": args.overrides, "rounds": args.rounds, "steps": args.steps}
     found = pd.DataFrame()
     for found in measure(config, args.rounds, args.steps):
         print(table(found, plan, hardware), flush=True)
         if args.out:
             steps = found.to_dict("records")
-            report = {"command": command, "machine": machine(), "steps": steps, "plan": asdict(plan)}
+            report = {"command": command, "machine": machine(), "steps": steps, "plan": plan}
             write_json(args.out.with_suffix(".json"), report)
     return found
 

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     hours, memory = {}, {}
     for name in YAMLS:
         with quiet():
-            plan = make_plan(load(f"yamls/{name}.yaml", []), GPUS, GPU, HARDWARE[GPU], UTILIZATION)
+            plan = make_plan(load(f"yamls/{name}.yaml", []), GPUS, HARDWARE[GPU], UTILIZATION)
         label, share = f"{plan.run}\n{plan.teacher_name}", plan.break_even_tokens / plan.tokens
         hours[label] = (plan.hours or 0.0), (plan.hours or 0.0) * share / (1 + share)
         memory[label] = sum(plan.memory.values()), plan.memory["teacher"]
