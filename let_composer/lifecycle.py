@@ -8,7 +8,7 @@ import enum
 import gc
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from composer import Callback
@@ -28,7 +28,8 @@ __all__ = ["Lifecycle", "Phase"]
 
 log = logging.getLogger(__name__)
 
-OptionsT = TypeVar("OptionsT", bound=Options)
+# Options that may differ in a resumed run; of the teacher, the weights are compared instead.
+_MAY_DIFFER = {"teacher", "placement", "implementation", "trust_remote_code"}
 
 
 class Phase(enum.Enum):
@@ -61,23 +62,18 @@ _EVENTS = {
 }
 
 
-class Lifecycle(Algorithm, Generic[OptionsT]):
+class Lifecycle(Options, Algorithm):
     """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both."""
 
     prefix: ClassVar[str]  # of metrics and hyperparameters
 
-    def __init__(self, options: OptionsT) -> None:
-        self.options = options
-        values = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(options).items())
-        self._repr = f"{type(self).__name__}({values})"
+    def __post_init__(self) -> None:
+        self.check()
         self._teacher: Teacher | None = None
         self._closing: _Closing | None = None
         self._reset()
         if self.phase is Phase.OFF:
             _say("%s has weight 0: the run is not guided.", type(self).__name__)
-
-    def __repr__(self) -> str:  # the engine evaluates it for every event
-        return self._repr
 
     @property
     def guiding(self) -> bool:
@@ -90,12 +86,6 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
         raise NotImplementedError
 
-    def check_teacher(self, teacher: Teacher, model: nn.Module) -> None:
-        """Refuse a teacher that does not fit the student."""
-
-    def detach(self) -> None:
-        """Let go of the student and of what was kept of a batch. Called as often as may be."""
-
     def restart(self) -> None:
         """Forget what was learnt on the way: a run starts."""
 
@@ -106,10 +96,6 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over what :meth:`saved` returned, from a run with the same teacher."""
 
-    def batch_event(self, event: Event, state: State, logger: Logger) -> None:
-        """An event of a guided batch."""
-        raise NotImplementedError
-
     # ---- events ----
 
     def match(self, event: Event, state: State) -> bool:
@@ -117,7 +103,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         return event in _EVENTS[self.phase]
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """One event of the life cycle; see :class:`let_composer.LET` for which does what."""
+        """One event; see :class:`let_composer.LET` for which does what."""
         if event == Event.INIT:
             self._end(state)  # if this instance served another Trainer before
             self._reset()
@@ -128,14 +114,12 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
                 self._begin(state, logger, starts=False)
         elif event == Event.FIT_START:
             self._begin(state, logger, starts=True)
-        else:
-            self.batch_event(event, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain Python values."""
         return {
             **super().state_dict(),
-            "options": dataclasses.asdict(self.options),
+            "options": dataclasses.asdict(self),
             "fingerprint": self._fingerprint,
             "end": None if self.schedule.end is None else self.schedule.end.to_timestring(),
             "batch": self.schedule.batch,
@@ -146,11 +130,12 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Take over the end of the guidance; say where the checkpoint was made with other options."""
         if self.phase is Phase.OFF or "options" not in state:
             return
-        for key, (theirs, ours) in self.options.differences(state["options"]).items():
-            log.warning(
-                "the checkpoint was made with %s.%s: %r, this run goes on with %r.", self.prefix, key, theirs, ours
-            )
-        if state["end"] and state["options"]["stop"] == self.options.stop:
+        theirs = state["options"]
+        for key, ours in dataclasses.asdict(self).items():
+            if key not in _MAY_DIFFER and theirs.get(key, ours) != ours:
+                message = "the checkpoint was made with %s.%s: %r, this run goes on with %r."
+                log.warning(message, self.prefix, key, theirs[key], ours)
+        if state["end"] and theirs["stop"] == self.stop:
             self.schedule.end = Time.from_timestring(state["end"])
         self.schedule.batch = state["batch"]
         self._fingerprint = state["fingerprint"]
@@ -159,11 +144,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     # ---- beginning ----
 
     def _reset(self) -> None:
-        self.phase = Phase.OFF if self.options.off else Phase.WAITING
-        self.schedule = Schedule(self.options.stop, self.options.anneal)
-        self.student_parameters = 0
+        self.phase = Phase.OFF if self.off else Phase.WAITING
+        self.schedule = Schedule(self.stop, self.anneal)
         self.others: list[Lifecycle] = []  # guidances of the same run
-        self.sharing: list[Lifecycle] = []  # those with this very teacher
         self._fingerprint: str | None = None
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the teacher is known
         self.restart()
@@ -213,7 +196,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
                 "what is compared with the teacher. Leave out parallelism_config['tp'] (tp_config in llm-foundry); "
                 "FSDP shards the student as well."
             )
-        if self.options.teacher_arguments()["placement"] != "shard":
+        if self.placement != "shard":
             return
         if dist.get_local_world_size() == 1:
             raise ValueError(
@@ -234,7 +217,9 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         try:
             with torch.random.fork_rng(devices=[]):
                 self._teacher = self._find_teacher(model, device)
-            self.check_teacher(self._teacher, model)
+            self._separates, length = _documents(model)
+            if self._separates:
+                self._teacher.require_separation(length)
         except BaseException:
             self.release()
             raise
@@ -243,25 +228,22 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         self._closing = _Closing(self)
         state.callbacks.append(self._closing)
         size = self._teacher.parameters
-        facts = {"teacher": self.options.teacher, "teacher_parameters": size, "student_module": guided}
+        facts = {"teacher": self.teacher, "teacher_parameters": size, "student_module": guided}
         logger.log_hyperparameters({f"{self.prefix}/{name}": value for name, value in facts.items()})
         _say("%s: a teacher of %.1fM parameters, embeddings apart, for %s; %r", self.prefix, size / 1e6, guided, self)
 
     def _find_teacher(self, model: nn.Module, device: torch.device) -> Teacher:
         """The teacher of another guidance of this run where it is the same; else a new one."""
-        same = [o for o in self.others if o.phase is not Phase.OFF and o.options.same_teacher(self.options)]
+        same = [o for o in self.others if o.phase is not Phase.OFF and o.same_teacher(self)]
         for other in same:
             if other._teacher is not None:
-                self.sharing = [*other.sharing, other]
-                for member in self.sharing:
-                    member.sharing = [*member.sharing, self]
                 return other._teacher
         return load_teacher(
-            self.options.teacher,
+            self.teacher,
             student_vocabulary(model),
-            head=any(method.options.projected(1) for method in (self, *same)),
+            head=any(method.projected(1) for method in (self, *same)),
             device=device,
-            **self.options.teacher_arguments(),
+            **self.teacher_arguments(),
         )
 
     def _take_over(self, fingerprint: str) -> None:
@@ -275,7 +257,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
             "the checkpoint was made with other teacher weights (%s) than those of %s (%s): what was learnt about the "
             "teacher starts anew.",
             loaded["fingerprint"],
-            self.options.teacher,
+            self.teacher,
             fingerprint,
         )
 
@@ -285,7 +267,8 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Release the teacher, and say so."""
         assert self._teacher is not None
         device = _device(state)
-        returned = sum(p.nbytes for p in self._teacher.body.parameters()) if not self.sharing else 0
+        shared = any(other._teacher is self._teacher for other in self.others)
+        returned = 0 if shared else sum(p.nbytes for p in self._teacher.body.parameters())
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._end(state)
         gc.collect()  # modules hold reference cycles
@@ -293,8 +276,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
             torch.cuda.empty_cache()
             returned = before - torch.cuda.memory_allocated(device)
         returned /= 2**20
-        metrics = {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned}
-        logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
+        self._log(logger, {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned})
         _say(
             "%s ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
             type(self).__name__,
@@ -303,13 +285,12 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         )
 
     def release(self) -> None:
-        """Let go of student and teacher."""
-        self.detach()
+        """Let go of student and teacher. Called as often as may be."""
         self._teacher = None
-        for other in self.sharing:
-            other.sharing = [member for member in other.sharing if member is not self]
-        self.sharing = []
         self.phase = Phase.ENDED
+
+    def _log(self, logger: Logger, metrics: dict[str, float]) -> None:
+        logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
 
     def _end(self, state: State) -> None:
         self.release()
@@ -340,3 +321,14 @@ def _say(message: str, *values: Any) -> None:
 
 def _device(state: State) -> torch.device:
     return state.device.tensor_to_device(torch.empty(0)).device
+
+
+def _documents(model: nn.Module) -> tuple[bool, int]:
+    """Whether tokens of a packed row attend to their own document only, as in an MPT with attn_uses_sequence_id; and
+    the length of a row.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(attention := getattr(config, "attn_config", None), Mapping):
+            return bool(attention.get("attn_uses_sequence_id")), int(getattr(config, "max_seq_len", 1))
+    return False, 1

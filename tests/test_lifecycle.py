@@ -85,7 +85,7 @@ class TestResume:
         train(other := let(**others), **load, max_duration="8ba", fit=False)
         assert other.schedule.end == Time.from_timestring("6ba")
         for key, value in others.items():
-            theirs = getattr(same.options, key)
+            theirs = getattr(same, key)
             assert f"made with let.{key}: {theirs!r}, this run goes on with {value!r}." in caplog.text
 
     def test_statistics_belong_to_weights_not_to_a_name(self, train, let, saved, teacher_folder, tmp_path):
