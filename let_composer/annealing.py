@@ -76,10 +76,8 @@ def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> 
         )
     if resolved.unit == end.unit and resolved.value > end.value:
         log.warning(
-            "stop is %s, but max_duration is %s: the guidance will not end within this part of the run. For a fraction "
-            "of it, write stop as in '0.3dur'.",
-            stop.to_timestring(),
-            max_duration.to_timestring(),
+            f"stop is {stop.to_timestring()}, but max_duration is {max_duration.to_timestring()}: the guidance will "
+            "not end within this part of the run. For a fraction of it, write stop as in '0.3dur'."
         )
     return resolved
 

@@ -173,7 +173,7 @@ class Guidance(Lifecycle):
         self._log(logger, {**means, **self.report(sums)})
         self.schedule.batch = state.timestamp.batch.value
         if self.ends_early:
-            log.warning("%s ends early: %s.", type(self).__name__, self.ends_early)
+            log.warning(f"{type(self).__name__} ends early: {self.ends_early}.")
             self.schedule.end = state.timestamp.batch  # for a second fit() and a resumed run, too
         if self.schedule.over(state.timestamp):
             self.retire(state, logger)

@@ -217,18 +217,22 @@ class LET(Guidance):
         if usable < _LOW and not self._warned:
             self._warned = True
             log.warning(
-                "let/usable is %.2f: only that share of the tokens has hidden states with a direction, in student and "
-                "teacher. The others are zero or not finite and pass no gradient. Are both models sound?",
-                usable,
+                f"let/usable is {usable:.2f}: only that share of the tokens has hidden states with a direction, in "
+                "student and teacher. The others are zero or not finite and pass no gradient. Are both models sound?"
             )
-        lead = self._learn_lead(*sums["lead"].tolist()) if self.weight == "auto" else {}
-        return {
-            **lead,
+        metrics = {
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),
             "constant_cosine": float(torch.linalg.vector_norm(sums["targets"])) / max(tokens, 1.0),
             "usable": usable,
             "gradient_ratio": term / model if model else 0.0,
         }
+        nats, sample = sums["lead"].tolist() if self.weight == "auto" else (0.0, 0.0)
+        if sample:
+            self._lead.update(nats / sample)
+            metrics["lead"] = nats / sample
+            if self._lead.settled and lead_share(self._lead.value) == 0:
+                self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
+        return metrics
 
     def saved(self) -> dict[str, Any]:
         """The running statistics and norms."""
@@ -243,14 +247,6 @@ class LET(Guidance):
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
         self._lead = RunningMean(*saved["lead"])
-
-    def _learn_lead(self, nats: float, tokens: float) -> dict[str, float]:
-        if not tokens:
-            return {}
-        self._lead.update(lead := nats / tokens)
-        if self._lead.settled and lead_share(self._lead.value) == 0:
-            self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
-        return {"lead": lead}
 
     def _require_gradient(self, student: Tensor) -> None:
         if student.requires_grad:

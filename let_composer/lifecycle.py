@@ -4,7 +4,6 @@ Only this room, guidance.py, and let.py and distillation.py, which build on them
 """
 
 import dataclasses
-import enum
 import gc
 import logging
 from collections.abc import Mapping
@@ -24,46 +23,28 @@ from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, load_teacher
 from let_composer.vocabulary import student_vocabulary
 
-__all__ = ["Lifecycle", "Phase"]
+__all__ = ["Lifecycle"]
 
 log = logging.getLogger(__name__)
 
 # Options that may differ in a resumed run; of the teacher, the weights are compared instead.
 _MAY_DIFFER = {"teacher", "placement", "implementation", "trust_remote_code"}
 
-
-class Phase(enum.Enum):
-    """Where a guidance stands.
-
-    ``INIT`` leads back to WAITING when the instance is given to another Trainer, ``FIT_START`` from ENDED to GUIDING
-    when the clock was reset.
-    """
-
-    OFF = "off"  # weight 0, for good
-    WAITING = "waiting"  # for a run to guide
-    GUIDING = "guiding"
-    ENDED = "ended"
-
-
-_BETWEEN_RUNS = frozenset({Event.INIT, Event.FIT_START})
-_EVENTS = {
-    Phase.OFF: frozenset(),
-    Phase.WAITING: _BETWEEN_RUNS | {Event.AFTER_LOAD},
-    Phase.GUIDING: _BETWEEN_RUNS
-    | {
-        Event.BATCH_START,
-        Event.BEFORE_TRAIN_BATCH,
-        Event.BEFORE_FORWARD,
-        Event.AFTER_FORWARD,
-        Event.AFTER_LOSS,
-        Event.BATCH_END,
-    },
-    Phase.ENDED: _BETWEEN_RUNS,
+_BETWEEN_RUNS = {Event.INIT, Event.AFTER_LOAD, Event.FIT_START}
+_WITH_A_TEACHER = _BETWEEN_RUNS | {
+    Event.BATCH_START,
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.AFTER_LOSS,
+    Event.BATCH_END,
 }
 
 
 class Lifecycle(Options, Algorithm):
-    """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both."""
+    """The teacher, which is there as long as the run is guided, and what a checkpoint keeps. With weight 0 there never
+    is one. It may come back after the end: in another Trainer, or where the clock was reset.
+    """
 
     prefix: ClassVar[str]  # of metrics and hyperparameters
 
@@ -72,13 +53,13 @@ class Lifecycle(Options, Algorithm):
         self._teacher: Teacher | None = None
         self._closing: _Closing | None = None
         self._reset()
-        if self.phase is Phase.OFF:
-            _say("%s has weight 0: the run is not guided.", type(self).__name__)
+        if self.off:
+            _say(f"{type(self).__name__} has weight 0: the run is not guided.")
 
     @property
     def guiding(self) -> bool:
         """Whether the teacher is loaded and runs in every training forward."""
-        return self.phase is Phase.GUIDING
+        return self._teacher is not None
 
     # ---- what a method brings ----
 
@@ -100,7 +81,7 @@ class Lifecycle(Options, Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether there is anything to do: never with ``weight: 0``, hardly ever once the teacher is gone."""
-        return event in _EVENTS[self.phase]
+        return not self.off and event in (_WITH_A_TEACHER if self.guiding else _BETWEEN_RUNS)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """One event; see :class:`let_composer.LET` for which does what."""
@@ -128,14 +109,15 @@ class Lifecycle(Options, Algorithm):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the end of the guidance; say where the checkpoint was made with other options."""
-        if self.phase is Phase.OFF or "options" not in state:
+        if self.off or "options" not in state:
             return
-        theirs = state["options"]
-        for key, ours in dataclasses.asdict(self).items():
-            if key not in _MAY_DIFFER and theirs.get(key, ours) != ours:
-                message = "the checkpoint was made with %s.%s: %r, this run goes on with %r."
-                log.warning(message, self.prefix, key, theirs[key], ours)
-        if state["end"] and theirs["stop"] == self.stop:
+        old = state["options"]
+        for key, new in dataclasses.asdict(self).items():
+            if key not in _MAY_DIFFER and old.get(key, new) != new:
+                log.warning(
+                    f"the checkpoint was made with {self.prefix}.{key}: {old[key]!r}, this run goes on with {new!r}."
+                )
+        if state["end"] and old["stop"] == self.stop:
             self.schedule.end = Time.from_timestring(state["end"])
         self.schedule.batch = state["batch"]
         self._fingerprint = state["fingerprint"]
@@ -144,7 +126,6 @@ class Lifecycle(Options, Algorithm):
     # ---- beginning ----
 
     def _reset(self) -> None:
-        self.phase = Phase.OFF if self.off else Phase.WAITING
         self.schedule = Schedule(self.stop, self.anneal)
         self.others: list[Lifecycle] = []  # guidances of the same run
         self._fingerprint: str | None = None
@@ -163,7 +144,7 @@ class Lifecycle(Options, Algorithm):
         """Guide from here on or not, as the clock says; ``starts`` when training starts right after."""
         reset = self.schedule.notice(state.timestamp.batch.value)
         if reset:  # Composer: algorithms then start from the beginning
-            _say("the clock was reset: %s starts anew.", type(self).__name__)
+            _say(f"the clock was reset: {type(self).__name__} starts anew.")
             self._loaded = None
             self.restart()
         if state.max_duration is not None:
@@ -176,9 +157,8 @@ class Lifecycle(Options, Algorithm):
         if self.schedule.over(state.timestamp):
             if self.guiding:
                 self.retire(state, logger)
-            elif self.phase is Phase.WAITING:
-                _say("%s ended at %s: the teacher is not loaded.", type(self).__name__, self.schedule)
-                self.phase = Phase.ENDED
+            elif starts:
+                _say(f"{type(self).__name__} ended at {self.schedule}: the teacher is not loaded.")
             return
         self._check_parallelism(state)
         if not self.guiding:
@@ -186,7 +166,7 @@ class Lifecycle(Options, Algorithm):
             if reset:
                 torch.compiler.reset()  # what was compiled without the hook would never call it
         if starts:
-            _say("%s guides until %s.", type(self).__name__, self.schedule)
+            _say(f"{type(self).__name__} guides until {self.schedule}.")
             logger.log_hyperparameters({f"{self.prefix}/stop": str(self.schedule)})
 
     def _check_parallelism(self, state: State) -> None:
@@ -224,17 +204,17 @@ class Lifecycle(Options, Algorithm):
             self.release()
             raise
         self._take_over(self._teacher.fingerprint)
-        self.phase = Phase.GUIDING
         self._closing = _Closing(self)
         state.callbacks.append(self._closing)
         size = self._teacher.parameters
         facts = {"teacher": self.teacher, "teacher_parameters": size, "student_module": guided}
         logger.log_hyperparameters({f"{self.prefix}/{name}": value for name, value in facts.items()})
-        _say("%s: a teacher of %.1fM parameters, embeddings apart, for %s; %r", self.prefix, size / 1e6, guided, self)
+        found = f"a teacher of {size / 1e6:.1f}M parameters, embeddings apart, for {guided}"
+        _say(f"{self.prefix}: {found}; {self!r}")
 
     def _find_teacher(self, model: nn.Module, device: torch.device) -> Teacher:
         """The teacher of another guidance of this run where it is the same; else a new one."""
-        same = [o for o in self.others if o.phase is not Phase.OFF and o.same_teacher(self)]
+        same = [o for o in self.others if not o.off and o.same_teacher(self)]
         for other in same:
             if other._teacher is not None:
                 return other._teacher
@@ -254,11 +234,8 @@ class Lifecycle(Options, Algorithm):
             self.restore(loaded["saved"])
             return
         log.warning(
-            "the checkpoint was made with other teacher weights (%s) than those of %s (%s): what was learnt about the "
-            "teacher starts anew.",
-            loaded["fingerprint"],
-            self.teacher,
-            fingerprint,
+            f"the checkpoint was made with other teacher weights ({loaded['fingerprint']}) than those of "
+            f"{self.teacher} ({fingerprint}): what was learnt about the teacher starts anew."
         )
 
     # ---- ending ----
@@ -278,16 +255,13 @@ class Lifecycle(Options, Algorithm):
         returned /= 2**20
         self._log(logger, {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned})
         _say(
-            "%s ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
-            type(self).__name__,
-            state.timestamp.batch.value,
-            returned,
+            f"{type(self).__name__} ended after batch {state.timestamp.batch.value}: the teacher is released, "
+            f"{returned:.1f} MiB of memory returned."
         )
 
     def release(self) -> None:
         """Let go of student and teacher. Called as often as may be."""
         self._teacher = None
-        self.phase = Phase.ENDED
 
     def _log(self, logger: Logger, metrics: dict[str, float]) -> None:
         logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
@@ -310,13 +284,13 @@ class _Closing(Callback):
             self._guidance.release()
 
 
-def _say(message: str, *values: Any) -> None:
+def _say(message: str) -> None:
     """Tell the user, also where the root logger shows warnings only, as under llm-foundry's train script."""
     if dist.get_global_rank() == 0:
         package = logging.getLogger("let_composer")
         if package.level == logging.NOTSET:
             package.setLevel(logging.INFO)
-        log.info(message, *values)
+        log.info(message)
 
 
 def _device(state: State) -> torch.device:
