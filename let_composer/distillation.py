@@ -131,12 +131,9 @@ class SALT(RKD):
     second baseline: :class:`RKD` in the early part of training, then plain training. Without its selection of data.
 
     Args:
-        teacher: As in :class:`RKD`.
         weight: As in :class:`RKD`. On one seed ``"auto"`` ended 0.012 nats behind the best number tried, 0.9.
-        temperature: As in :class:`RKD`.
-        stop: As in :class:`RKD`. Default: ``"0.5dur"``, as for :class:`LET`.
-        anneal: As in :class:`RKD`. Default: ``"linear"``, as for :class:`LET`.
-        trust_remote_code: As in :class:`RKD`.
+        stop: Default: ``"0.5dur"``, as for :class:`LET`.
+        anneal: Default: ``"linear"``, as for :class:`LET`.
     """
 
     stop: str = "0.5dur"

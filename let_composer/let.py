@@ -36,16 +36,12 @@ class LET(Guidance):
     Runs on ``Event.AFTER_LOAD`` (find the block, load the teacher), ``BATCH_START`` (weight), ``BEFORE_FORWARD`` and
     ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term) and ``BATCH_END`` (metrics; when the
     weight has reached zero, free the teacher). After that nothing runs, unless ``FIT_START`` finds that the clock was
-    reset: then the guidance starts anew. With ``weight: 0`` no event is matched at all. A guided step costs the
-    teacher's forward. It adds no synchronisation with the host before ``BATCH_END``, where Composer
-    has had one already, but for teachers that :mod:`let_composer.teacher` names.
+    reset: then the guidance starts anew. With ``weight: 0`` no event is matched at all. It adds no synchronisation with
+    the host before ``BATCH_END``, where Composer has had one already, but for teachers that :mod:`let_composer.teacher`
+    names.
 
-    The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
-    share token ids. Where the student keeps packed documents apart (``attn_uses_sequence_id``), so does the teacher.
-
-    Runs with DDP, FSDP1 and FSDP2, with activation checkpointing, microbatching and torch.compile; refuses tensor
-    parallelism. Every rank must have the same teacher, which is checked. One LET guides one pair of layers; a second
-    one in the same run is refused. Beside :class:`RKD` both terms join with the student's own loss, in any order.
+    The fields are the keys of ``algorithms.let`` in an llm-foundry YAML. let_composer/README.md has what it costs, logs
+    and works with. Teacher and student must share token ids. A second LET in the same run is refused.
 
     Args:
         teacher: A causal decoder: hub id, with ``@revision`` if need be, local folder in the Hugging Face format, or
@@ -80,9 +76,6 @@ class LET(Guidance):
         implementation: Of the alignment loss: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on CUDA. Default:
             ``"auto"``.
         trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
-
-    Logs under ``let/``, exact over microbatches and ranks, what the table "Metrics" of let_composer/README.md explains:
-    weight, ``active`` and the teacher's share of the FLOPs at the start of a batch, means over tokens at its end.
 
     Raises:
         TypeError: For an argument of another type.
