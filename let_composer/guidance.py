@@ -135,14 +135,12 @@ class Guidance(Lifecycle):
     def _guide(self, state: State) -> None:
         mask = loss_generating(state.batch["labels"])
         self._tokens = mask.sum()
-        if self._states is None:
-            self._run_teacher(state)
-        states, self._states = self._states, None
-        assert states is not None
+        states = self._run_teacher(state) if self._states is None else self._states
+        self._states = None
         self._term = self.term(state, states, mask)
         self.add(tokens=self._tokens, loss=self._tokens * self._term.detach())
 
-    def _run_teacher(self, state: State) -> None:
+    def _run_teacher(self, state: State) -> Tensor:
         # Outside autocast, as every algorithm: the teacher's weights have the type it is to compute in.
         assert self._teacher is not None
         states = self._teacher.hidden(
@@ -150,9 +148,10 @@ class Guidance(Lifecycle):
             state.batch.get("attention_mask") if self._needs_mask else None,
             state.batch.get("sequence_id") if self._separates else None,
         )
-        for method in (self, *self.others):
+        for method in self.others:
             if isinstance(method, Guidance) and method._teacher is self._teacher:
                 method._states = states
+        return states
 
     def _join(self, state: State) -> None:
         assert self._term is not None and self._tokens is not None

@@ -228,15 +228,13 @@ class Lifecycle(Options, Algorithm):
 
     def _take_over(self, fingerprint: str) -> None:
         loaded, self._loaded, self._fingerprint = self._loaded, None, fingerprint
-        if loaded is None:
-            return
-        if loaded["fingerprint"] in (None, fingerprint):
+        if loaded and loaded["fingerprint"] in (None, fingerprint):
             self.restore(loaded["saved"])
-            return
-        log.warning(
-            f"the checkpoint was made with other teacher weights ({loaded['fingerprint']}) than those of "
-            f"{self.teacher} ({fingerprint}): what was learnt about the teacher starts anew."
-        )
+        elif loaded:
+            log.warning(
+                f"the checkpoint was made with other teacher weights ({loaded['fingerprint']}) than those of "
+                f"{self.teacher} ({fingerprint}): what was learnt about the teacher starts anew."
+            )
 
     # ---- ending ----
 

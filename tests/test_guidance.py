@@ -212,13 +212,10 @@ class TestCompany:
 
     @pytest.mark.filterwarnings("ignore:KillLossSpike is experimental")
     def test_clipping_ema_loss_spikes_and_evaluation(self, train, tokenizer, let):
-        algorithms = (
-            GradientClipping(clipping_type="norm", clipping_threshold=1.0),
-            EMA(half_life="2ba"),
-            guidance := let(stop="4ba"),
-        )
+        others = GradientClipping(clipping_type="norm", clipping_threshold=1.0), EMA(half_life="2ba")
         options = {"eval_dataloader": evaluator(tokenizer), "eval_interval": "2ba"}
-        trainer = train(*algorithms, callbacks=[KillLossSpike(window_size=2)], **options, fit=False)
+        guidance, spikes = let(stop="4ba"), KillLossSpike(window_size=2)
+        trainer = train(*others, guidance, callbacks=[spikes], **options, fit=False)
         trainer.eval()  # as eval_first does
         assert guidance._capture.hidden is None
         trainer.fit()
@@ -293,7 +290,6 @@ class TestCompany:
 
     def test_metrics_come_under_the_step_that_the_clock_shows(self, train, let):
         """Some services drop what goes back, and Composer's monitors log under the new step at the end of a batch."""
-
         data = train(let(stop="4ba")).logger.destinations[0].data
         for name in ("let/loss", "let/lm_loss", "let/cosine", "let/constant_cosine", "let/usable"):
             assert [time.batch for time, _ in data[name]] == [1, 2, 3, 4], name
