@@ -270,7 +270,7 @@ class TestCompany:
         (whole, first), (retried, second) = run(False), run(True)
         assert retried.state.device_train_microbatch_size == 2
         assert_close(parameters(whole), parameters(retried))
-        for name in ("let/loss", "let/lm_loss", "let/constant_cosine"):
+        for name in ("let/loss", "let/lm_loss", "let/constant_cosine", "let/gradient_ratio"):
             assert metrics(whole, name) == pytest.approx(metrics(retried, name), rel=1e-5)
         moments = [torch.tensor(a.state_dict()["saved"]["statistics"]["moments"]) for a in (first, second)]
         torch.testing.assert_close(*moments)
@@ -319,6 +319,7 @@ class TestTwoMethods:
         lm, let, kd = (metrics(one, name)[0] for name in ("let/lm_loss", "let/loss", "kd/loss"))
         assert metrics(one, "loss/train/total")[0] == pytest.approx(0.7 * lm + 0.7 * let + 0.3 * kd, rel=1e-5)
         assert metrics(one, "kd/lm_loss")[0] == lm
+        assert [metrics(one, f"{name}/memory_returned_mib")[0] > 0 for name in ("let", "kd")] == [False, True]
 
 
 class TestBatches:

@@ -58,10 +58,11 @@ class TestResume:
     )
     def test_bitwise(self, train, teacher_folder, saved, method, options):
         run = {"max_duration": "8ba", "optimizer": torch.optim.AdamW, "lr": 1e-2}
-        straight, part, again = (method(teacher_folder, **options) for _ in range(3))
-        straight = train(straight, **run)
-        resumed = train(again, **run, **saved(part, **run))
+        first, part, second = (method(teacher_folder, **options) for _ in range(3))
+        straight = train(first, **run)
+        resumed = train(second, **run, **saved(part, **run))
         assert_equal(parameters(straight), parameters(resumed))
+        assert first.saved() == second.saved()
         for name in (f"{method.prefix}/loss", f"{method.prefix}/weight"):
             assert metrics(straight, name)[2:] == metrics(resumed, name)
 
