@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from composer.core import State
-from torch import Tensor, nn
+from torch import Tensor
 
 from let_composer.annealing import Anneal
 from let_composer.balance import RunningMean, stacking_weight
@@ -76,10 +75,6 @@ class RKD(Guidance):
     def projected(self, length: int) -> int:
         """All of them."""
         return length
-
-    def attach(self, model: nn.Module, device: torch.device) -> str:
-        """Nothing is needed but the outputs."""
-        return "logits"
 
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
         """The mean KL divergence from the teacher's distribution."""

@@ -64,8 +64,8 @@ class Lifecycle(Options, Algorithm):
     # ---- what a method brings ----
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
-        """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
-        raise NotImplementedError
+        """Find what is needed of the student besides its outputs; returns what is guided, in words."""
+        return "logits"
 
     def restart(self) -> None:
         """Forget what was learnt on the way: a run starts."""

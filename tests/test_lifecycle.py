@@ -62,7 +62,7 @@ class TestResume:
         straight = train(first, **run)
         resumed = train(second, **run, **saved(part, **run))
         assert_equal(parameters(straight), parameters(resumed))
-        assert first.saved() == second.saved()
+        assert first.state_dict() == json.loads(json.dumps(second.state_dict()))  # plain values
         for name in (f"{method.prefix}/loss", f"{method.prefix}/weight"):
             assert metrics(straight, name)[2:] == metrics(resumed, name)
 
@@ -97,12 +97,6 @@ class TestResume:
         load = saved(let(stop="4ba", normalize_teacher="center"), max_duration="4ba")
         assert mean(tmp_path / "copy", **load) is not None
         assert mean(tmp_path / "other", **load) is None
-
-    def test_the_state_is_plain(self, train, let):
-        train(algorithm := let(stop="4ba", normalize_teacher="standardize"), max_duration="4ba")
-        state = algorithm.state_dict()
-        assert json.loads(json.dumps(state)) == state
-        assert len(state["repr"]) < 300
 
 
 class TestRetirement:
