@@ -30,9 +30,6 @@ class RKD(Guidance):
     a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. Needs no
     block of the student. The paper's weight and temperature are not on record.
 
-    Logs what :class:`LET` logs at the start of a batch, ``kd/loss`` and ``kd/lm_loss``, and ``kd/teacher_share``: the
-    share of the teacher in the mixture of both models that predicts the batch's labels best.
-
     Args:
         teacher: As in :class:`LET`.
         weight: ``"auto"``: the share of the teacher in the best mixture of teacher and student on the labels

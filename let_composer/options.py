@@ -24,13 +24,13 @@ class Options:
     stop: str
     anneal: Anneal
     trust_remote_code: bool
-    # Options of LET alone.
+    # Of these LET makes options of its own; the others have them as they are here.
     teacher_layer: int = -1
     placement: Placement = "replicate"
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
-    def __new__(cls, *_: Any, **given: Any):
+    def __new__(cls, *_: Any, **given: Any):  # before the dataclass looks, whose message would not say what there is
         refuse_unknown(cls.__name__, given, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
@@ -57,8 +57,7 @@ class Options:
 
     def teacher_arguments(self) -> dict[str, Any]:
         """What the teacher is loaded with, besides its name and its head."""
-        names = {"layer": self.teacher_layer, "placement": self.placement}
-        return {**names, "trust_remote_code": self.trust_remote_code}
+        return {"layer": self.teacher_layer, "placement": self.placement, "trust_remote_code": self.trust_remote_code}
 
     def same_teacher(self, other: "Options") -> bool:
         """Whether one teacher can serve both."""
