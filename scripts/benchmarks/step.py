@@ -66,8 +66,8 @@ class _Clock(Callback):
 class _Endless(LET):
     """Guides although the student has caught up, as it has at once with a teacher of random weights."""
 
-    def report(self, sums: Mapping[str, torch.Tensor], weight: float) -> dict[str, float]:
-        values = super().report(sums, weight)
+    def report(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        values = super().report(sums)
         self.ends_early = ""
         return values
 
@@ -80,7 +80,7 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     let = cast(dict[str, Any], om.to_container(options, resolve=True))
     torch.manual_seed(0)
     model = build_model(config, {"init_device": "cpu"})
-    source = teacher_config(let.get("teacher", LET().options.teacher))
+    source = teacher_config(let.get("teacher", LET().teacher))
     if isinstance(source, str):
         source = AutoConfig.from_pretrained(source)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
