@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import LENGTH, VOCABULARY, load_tokenizer
+from sample_data.__main__ import EVALS
 from test_ranks import one_rank, resumable
 from transformers import AutoModelForCausalLM
 
@@ -17,37 +18,45 @@ from let_composer import LET
 from let_composer import evaluating as script
 from let_composer.cli import main
 
-KINDS = {"choices": "multiple_choice", "schema": "schema", "words": "language_modeling"}
 WORDS = VOCABULARY - 2
-
-
-def sentence(rng: random.Random, length: int) -> str:
-    return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(length))
-
-
-@pytest.fixture
-def items(teacher_folder) -> dict[str, list[dict[str, Any]]]:
-    """Three tasks; the number of choices differs between items, and the first has not the most."""
-    rng = random.Random(0)
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
-    choices, schema, words = [], [], []
-    for number in range(12):
-        answers = [sentence(rng, rng.randint(1, 3)) for _ in range([4, 3, 5][number % 3])]
-        choices.append({"query": sentence(rng, 4), "choices": answers, "gold": rng.randrange(3)})
-        options = [sentence(rng, 3), sentence(rng, 4)]
-        schema.append({"context_options": options, "continuation": sentence(rng, 2), "gold": rng.randrange(2)})
-        context = sentence(rng, 5)
-        with torch.no_grad():
-            likeliest = int(teacher(torch.tensor([ids(context)])).logits[0, -1, :WORDS].argmax())
-        words.append({"context": context, "continuation": f"w{likeliest if number % 2 else 0}"})
-    return {"choices": choices, "schema": schema, "words": words}
+Questions = dict[str, list[tuple[dict[str, Any], list[tuple[str, str]], int]]]
 
 
 def ids(text: str) -> list[int]:
     return [int(word[1:]) for word in text.split()]
 
 
-def by_hand(model: Any, items: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, str], float]:
+@pytest.fixture
+def questions(teacher_folder) -> Questions:
+    """Of three tasks: the document, what is asked of the model, and which answer is right; the number of answers
+    differs, and the first question has not the most."""
+    rng = random.Random(0)
+
+    def sentence(length: int) -> str:
+        return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(length))
+
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    found: Questions = {"piqa": [], "winogrande": [], "lambada": []}
+    for number in range(12):
+        query, answers, gold = (
+            sentence(4),
+            [sentence(rng.randint(1, 3)) for _ in range([4, 3, 5][number % 3])],
+            rng.randrange(3),
+        )
+        doc = {"query": query, "choices": answers, "gold": gold}
+        found["piqa"].append((doc, [(query, answer) for answer in answers], gold))
+        before, first, second, after, gold = sentence(2), sentence(1), sentence(2), sentence(2), rng.randrange(2)
+        doc = {"sentence": f"{before} _ {after}", "option1": first, "option2": second, "answer": str(1 + gold)}
+        found["winogrande"].append((doc, [(f"{before} {option}", after) for option in (first, second)], gold))
+        context = sentence(5)
+        with torch.no_grad():
+            likeliest = int(teacher(torch.tensor([ids(context)])).logits[0, -1, :WORDS].argmax())
+        answer = f"w{likeliest if number % 2 else 0}"
+        found["lambada"].append(({"query": context, "choices": [answer]}, [(context, answer)], 0))
+    return found
+
+
+def by_hand(model: Any, questions: Questions, limit: int) -> dict[tuple[str, str], float]:
     """Zero-shot shares of right answers: the likeliest choice, or every token the likeliest; nothing is padded."""
 
     @torch.no_grad()
@@ -58,32 +67,32 @@ def by_hand(model: Any, items: dict[str, list[dict[str, Any]]]) -> dict[tuple[st
         loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
         return -float(loss), bool((logits.argmax(-1) == target).all())
 
-    def right(item: dict[str, Any], norm: bool) -> bool:
-        if "context" in item:
-            return likelihood(item["context"], item["continuation"])[1]
-        if "query" in item:
-            scores = [likelihood(item["query"], c)[0] / (len(c) if norm else 1) for c in item["choices"]]
-        else:
-            scores = [likelihood(option, item["continuation"])[0] for option in item["context_options"]]
-        return scores.index(max(scores)) == item["gold"]
+    def right(pairs: list[tuple[str, str]], gold: int, norm: bool) -> bool:
+        if len(pairs) == 1:
+            return likelihood(*pairs[0])[1]
+        scores = [likelihood(before, after)[0] / (len(after) if norm else 1) for before, after in pairs]
+        return scores.index(max(scores)) == gold
 
-    kinds = [*((task, "acc") for task in items), ("choices", "acc_norm")]
-    return {(t, m): sum(right(item, m == "acc_norm") for item in items[t]) / len(items[t]) for t, m in kinds}
+    kinds = [*((task, "acc") for task in questions), ("piqa", "acc_norm")]
+    return {
+        (task, metric): sum(right(*asked, metric == "acc_norm") for _, *asked in questions[task][:limit]) / limit
+        for task, metric in kinds
+    }
 
 
-def write(folder: Path, items: dict[str, list[dict[str, Any]]]) -> str:
-    """The files as they are prepared for llm-foundry; returns the path of their list."""
-    tasks = []
-    for task, rows in items.items():
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks.append({"label": task, "dataset_uri": f"{folder}/{task}.jsonl", "icl_task_type": KINDS[task]})
-    (folder / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
-    return str(folder / "tasks.yaml")
+def write(folder: Path, questions: Questions) -> list[str]:
+    """The documents and the YAMLs, read as sample data's are."""
+    for task, asked in questions.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc, *_ in asked))
+        files = {"data_files": {"test": f"{folder}/{task}.jsonl"}}
+        config = {"task": task, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **EVALS[task][1]}
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config))
+    return [f"{folder}/{task}.yaml" for task in questions]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # datasets' and lm-eval's own; what is tested is the scores
-def test_the_command_finds_the_scores_counted_by_hand(tmp_path, items, train, tokenizer, teacher_folder, capsys):
+def test_the_command_finds_the_scores_counted_by_hand(tmp_path, questions, train, tokenizer, teacher_folder, capsys):
     checkpoints, exported, out = tmp_path / "checkpoints", tmp_path / "exported", tmp_path / "out" / "scores"
     run = train(LET(teacher_folder, student_layer=1, weight=0.1), save_folder=str(checkpoints), save_interval="6ba")
     student = run.state.model.model
@@ -91,26 +100,26 @@ def test_the_command_finds_the_scores_counted_by_hand(tmp_path, items, train, to
     tokenizer.save_pretrained(exported)
     models = {teacher_folder: AutoModelForCausalLM.from_pretrained(teacher_folder)}
     models |= {str(checkpoints / "latest-rank0.pt"): student, str(exported): student}
-    path = write(tmp_path, items)
-    arguments = ["--tasks", path, "--limit", "10", "--shots", "0", "--out", str(out)]
-    assert main(["eval", *models, *arguments]) == 0
+    files = write(tmp_path, questions)
+    assert main(["eval", *models, "--tasks", *files, "--limit", "10", "--shots", "0", "--out", str(out)]) == 0
     assert [p.name for p in out.parent.iterdir()] == ["scores.json"]
     written = pd.read_json(f"{out}.json").set_index(["model", "task", "metric"])
     for name, model in models.items():
-        expected = by_hand(model, {task: rows[:10] for task, rows in items.items()})
+        expected = by_hand(model, questions, 10)
         assert written.score[name].to_dict() == pytest.approx(expected)
         assert name != teacher_folder or 0 < min(expected.values()) < max(expected.values()) < 1
     run.close()
     first = written.loc[teacher_folder]
     assert set(first["items"]) == {10}
-    assert first.chance[:, "acc"][list(KINDS)].tolist() == pytest.approx([(1 / 4 + 1 / 3 + 1 / 5) / 3, 1 / 2, 0])
-    score = first.score["choices", "acc"]
-    assert first.error["choices", "acc"] == pytest.approx((score * (1 - score) / 10) ** 0.5)
+    chances = [sum(1 / len(pairs) for _, pairs, _ in questions["piqa"][:10]) / 10, 1 / 2, 0]
+    assert first.chance[:, "acc"][list(questions)].tolist() == pytest.approx(chances)
+    score = first.score["piqa", "acc"]
+    assert first.error["piqa", "acc"] == pytest.approx((score * (1 - score) / 10) ** 0.5)
     assert f"{100 * score:.1f} ±" in capsys.readouterr().out
-    perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-    tasks = [{**task, "metric_list": [perplexity]} for task in script.local_tasks(path)[0] if task["task"] == "words"]
-    assert script.score(teacher_folder, tasks, num_fewshot=0).empty
-    assert "words has neither acc nor acc_norm" in capsys.readouterr().out
+    with open(files[-1], "a") as file:
+        file.write("metric_list: [{metric: perplexity}]")
+    assert script.score(teacher_folder, files[-1:], num_fewshot=0).empty
+    assert "lambada has neither acc nor acc_norm" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -125,23 +134,28 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path, teacher_folder):
     assert sharded[0].config.max_seq_len == whole[0].config.max_seq_len == LENGTH
 
 
-def test_what_is_missing_is_explained(tmp_path, items, monkeypatch, capsys):
+def test_what_is_missing_is_explained(tmp_path, questions, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path, items)
+    first, second, third = write(tmp_path, questions)
     (tmp_path / "run" / "ep0-ba6").mkdir(parents=True)
     (tmp_path / "run" / "ep0-ba6" / ".metadata").touch()
     for model, message in (
         ("./nowhere", "neither config.json nor .metadata. Sharded checkpoints in it: none"),
-        (path, "is not a Composer checkpoint"),
+        (first, "is not a Composer checkpoint"),
         ("./run", "Sharded checkpoints in it: ep0-ba6"),
         ("run/ep0-ba6", "is not a Composer checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             script.open_model(model)
-    with pytest.raises(ValueError, match="lm-eval has no 'hellaswagg' .did you mean 'hellaswag"):
-        script.score("x", ["hellaswagg"])
-    assert main(["eval", "x", "--tasks", "hellaswag", path]) == 1
-    assert f"expected --tasks to be one YAML or names, got hellaswag {path}" in capsys.readouterr().err
-    (tmp_path / "schema.jsonl").unlink()
-    with pytest.raises(OSError, match="No such file or directory: .*schema.jsonl"):
-        script.local_tasks(path)
+    Path(first).write_text("icl_tasks: []")
+    Path(second).write_text("task: {")
+    for task, message in (
+        ("hellaswagg", "no such file, and lm-eval has no 'hellaswagg' .did you mean 'hellaswag"),
+        (first, f"lm-eval cannot read {first}: .*icl_tasks"),
+        (second, f"lm-eval cannot read {second}: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.score("x", [task])
+    Path("lambada.jsonl").unlink()
+    with pytest.raises(OSError, match="lambada.jsonl"):
+        script.score("x", [third])

