@@ -12,7 +12,7 @@ pip install "let-composer[eval]".
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -87,19 +87,17 @@ def score(model: str, tasks: list[str], **options: Any) -> pd.DataFrame:
 
     Args:
         model: As in :func:`open_model`.
-        tasks: Names of lm-eval's tasks, or files with configurations of tasks.
-        options: ``batch_size``, and what lm-eval's ``simple_evaluate`` takes.
+        tasks: Names of lm-eval's tasks, and YAMLs of tasks.
+        options: What lm-eval's ``simple_evaluate`` takes.
 
     Raises:
         ValueError: If lm-eval is not installed, or there is no such model or task.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError('lm-eval is not installed. Run: pip install "let-composer[eval]"') from error
-    adapter, evaluate = cast(Any, HFLM), cast(Any, simple_evaluate)
     names = [task for task in tasks if not Path(task).is_file()]
     manager = TaskManager(include_defaults=bool(names))
     refuse_unknown("there is no such file, and lm-eval", names, manager.all_tasks)
@@ -110,9 +108,10 @@ def score(model: str, tasks: list[str], **options: Any) -> pd.DataFrame:
             raise ValueError(f"lm-eval cannot read {' '.join(tasks)}: {error}") from error
         network, tokenizer = open_model(model)
         network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        length = getattr(network.config, "max_seq_len", None)  # of MPT; lm-eval knows the others' names
-        lm = adapter(network, "causal", tokenizer=tokenizer, max_length=length, batch_size=options.pop("batch_size", 8))
-        found = evaluate(lm, tasks=list(loaded.values()), task_manager=manager, bootstrap_iters=0, **options)
+        given = {"pretrained": network, "tokenizer": tokenizer}
+        given["max_length"] = getattr(network.config, "max_seq_len", None)  # of MPT; lm-eval knows the others' names
+        options |= {"bootstrap_iters": 0, "task_manager": manager}
+        found: Any = simple_evaluate("hf", given, list(loaded.values()), **options)
     rows = []
     for task, samples in found["samples"].items():
         scores, items = found["results"][task], found["n-samples"][task]["effective"]

