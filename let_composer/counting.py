@@ -1,7 +1,7 @@
 """What a run multiplies and keeps, counted on the meta device: no data, no weights, no GPU."""
 
 import contextlib
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
 
@@ -15,7 +15,16 @@ from transformers import GPTNeoXConfig
 
 from let_composer.student import find_blocks, matmul_parameters
 
-__all__ = ["build_model", "build_student", "count_student", "count_teacher", "memory", "teacher_config"]
+__all__ = [
+    "StudentCount",
+    "TeacherCount",
+    "build_model",
+    "build_student",
+    "count_student",
+    "count_teacher",
+    "memory",
+    "teacher_config",
+]
 
 # Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -28,6 +37,31 @@ NO_AUTOCAST = mock.patch.object(torch, "autocast", lambda *args, **kwargs: conte
 CHUNK = 1024  # tokens that distillation compares at a time
 NODE = 8  # GPUs over which a sharded teacher lies
 STATES = {"adam": 8, "lion": 4, "sgd": 4}  # bytes of the optimizer's state a parameter, in fp32
+
+
+@dataclass
+class StudentCount:
+    """The student, with bytes of one microbatch in the type it computes in."""
+
+    parameters: int
+    trained: int  # of them; fewer with LoRA
+    flops: float  # of one token, forward and backward
+    recomputed_flops: float  # of one token, beside them, with activation checkpointing
+    largest_unit: int  # parameters that are gathered at a time
+    activations: int  # bytes kept for the backward pass
+
+
+@dataclass
+class TeacherCount:
+    """The teacher's body up to the layer that is used, and its head where it makes logits."""
+
+    parameters: int  # embeddings included
+    matmul_parameters: int
+    width: int
+    flops: float  # of one token, forward
+    largest_unit: int
+    activations: int  # bytes: the most that one block keeps at a time
+    logits: int  # of one token: rows of the head, 0 where it is not used
 
 
 def refuse_uncountable(config: dict[str, Any], whose: str) -> None:
@@ -79,7 +113,7 @@ def build_model(config: DictConfig, changes: dict[str, Any]) -> Any:
 
 def count_student(
     model: nn.Module, batch: int, length: int, fused_attention: bool, checkpointing: bool = False
-) -> SimpleNamespace:
+) -> StudentCount:
     """Count an llm-foundry model on the meta device, in the type it computes in, with a microbatch of so many sequences
     of so many tokens; fused attention keeps no ``[S, S]`` matrices, checkpointing computes every block again."""
     path, blocks = find_blocks(model)
@@ -111,13 +145,13 @@ def count_student(
         activations = len(blocks) * ids.numel() * width * logits.element_size() + max(in_blocks)
         again = sum(sum(forward.get_flop_counts()[name].values()) for name in names)
     parameters = sum(p.numel() for p in model.parameters())
-    return SimpleNamespace(
+    return StudentCount(
         parameters=parameters,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),  # fewer with LoRA
-        flops=(forward.get_total_flops() + backward.get_total_flops()) / ids.numel(),  # of one token
-        recomputed_flops=again / ids.numel(),  # of one token, beside them
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        flops=(forward.get_total_flops() + backward.get_total_flops()) / ids.numel(),
+        recomputed_flops=again / ids.numel(),
         largest_unit=_largest_unit(blocks, parameters),
-        # Bytes. The trainer holds the logits until the backward pass is over, and there is their gradient.
+        # The trainer holds the logits until the backward pass is over, and there is their gradient.
         activations=outside + activations + 2 * logits.nbytes,
     )
 
@@ -128,7 +162,7 @@ def _largest_unit(blocks: nn.ModuleList, parameters: int) -> int:
     return max(*in_blocks, parameters - sum(in_blocks))
 
 
-def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> SimpleNamespace:
+def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> TeacherCount:
     """Count a teacher of :func:`let_composer.teacher.build_body`, and its head, as large as its embeddings, for so many
     ``projected`` tokens of a microbatch."""
     refuse_uncountable(body.config.to_dict(), "the teacher")
@@ -148,14 +182,14 @@ def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> Sim
     parameters = sum(p.numel() for p in body.parameters())
     table = body.get_input_embeddings().weight
     head = table.numel() if projected else 0
-    return SimpleNamespace(
-        parameters=parameters + head,  # embeddings included
+    return TeacherCount(
+        parameters=parameters + head,
         matmul_parameters=matmul_parameters(body),
         width=width,
-        flops=(flops.get_total_flops() + 2 * head * projected) / ids.numel(),  # of one token, forward
+        flops=(flops.get_total_flops() + 2 * head * projected) / ids.numel(),
         largest_unit=_largest_unit(blocks, parameters),
-        activations=sum(kept),  # the most that one block keeps at a time
-        logits=table.shape[0] if projected else 0,  # of one token
+        activations=sum(kept),
+        logits=table.shape[0] if projected else 0,
     )
 
 
@@ -172,8 +206,8 @@ def memory(
     config: DictConfig,
     methods: dict[str, Any],
     gpus: int,
-    student: SimpleNamespace,
-    teacher: SimpleNamespace | None,
+    student: StudentCount,
+    teacher: TeacherCount | None,
     tokens: int,
     element: int,
 ) -> dict[str, float]:

@@ -12,8 +12,7 @@ import argparse
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
@@ -21,6 +20,9 @@ from omegaconf import OmegaConf as om
 from let_composer.configuration import load, quiet, read_methods, require
 from let_composer.files import write_json
 from let_composer.names import refuse_unknown
+
+if TYPE_CHECKING:  # counting takes seconds to import, --help should not
+    from let_composer.counting import StudentCount, TeacherCount
 
 __all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table"]
 
@@ -39,8 +41,34 @@ FIGURES = {"a100-40gb": (312, 39), "a100": (312, 79), "h100": (989, 79), "h200":
 HARDWARE = {name: Hardware(name, *figures) for name, figures in FIGURES.items()}
 
 
-class Plan(SimpleNamespace):
+@dataclass
+class Plan:
     """What a run costs. Times need a GPU named, money a price; memory in GiB on each GPU."""
+
+    run: str
+    gpus: int
+    hardware: Hardware | None
+    utilization: float
+    sequence_length: int
+    global_batch: int
+    microbatch: int
+    auto: bool  # whether the microbatch is planning's choice
+    steps: float
+    tokens: float
+    student: "StudentCount"
+    teacher: "TeacherCount | None"
+    teacher_name: str | None
+    methods: list[str]  # that the teacher serves: let, rkd, salt
+    guided_steps: float
+    guided_tokens: float
+    step_flops: float  # of a plain step on all GPUs, recomputation included
+    guided_overhead: float  # guided step / plain step - 1, by FLOPs
+    break_even_tokens: float  # that guidance must save to pay for its teacher
+    run_flops: float
+    hours: float | None
+    price: float | None
+    memory: dict[str, float]
+    fits: bool | None  # with a tenth of the GPU free
 
 
 def make_plan(
@@ -110,23 +138,23 @@ def make_plan(
         sequence_length=length,
         global_batch=batch,
         microbatch=microbatch,
-        auto=given == "auto",  # whether the microbatch is planning's choice
+        auto=given == "auto",
         steps=steps,
         tokens=steps * tokens_a_step,
         student=student,
         teacher=teacher,
         teacher_name=options.teacher if options else None,
-        methods=list(methods),  # that the teacher serves: let, rkd, salt
+        methods=list(methods),
         guided_steps=guided,
         guided_tokens=guided * tokens_a_step,
-        step_flops=step_flops,  # of a plain step on all GPUs, recomputation included
-        guided_overhead=overhead,  # guided step / plain step - 1, by FLOPs
-        break_even_tokens=overhead * guided * tokens_a_step,  # that guidance must save to pay for its teacher
+        step_flops=step_flops,
+        guided_overhead=overhead,
+        break_even_tokens=overhead * guided * tokens_a_step,
         run_flops=run_flops,
         hours=hours,
         price=hours * gpus * price if hours is not None and price is not None else None,
         memory=parts,
-        fits=fits if hardware else None,  # with a tenth of the GPU free
+        fits=fits if hardware else None,
     )
 
 
@@ -152,7 +180,7 @@ def table(plan: Plan) -> str:
         rows["guided step"] = f"+{plan.guided_overhead:.2%} by FLOPs; the whole run +{share:.2%}"
         rows["break-even"] = f"the teacher pays once it saves {plan.break_even_tokens / 1e9:,.3f}B tokens"
     rows["whole run"] = f"{plan.run_flops / 1e18:,.1f} EFLOP"
-    if hardware:
+    if hardware and plan.hours is not None:
         rows["time"] = (
             f"{plan.hours:,.1f} h on {plan.gpus} x {hardware.name}, {plan.hours * plan.gpus:,.0f} GPU hours, "
             f"if {plan.utilization:.0%} of the peak is reached (an assumption)"
