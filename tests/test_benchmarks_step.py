@@ -18,11 +18,11 @@ def run(tmp_path, teacher_folder) -> str:
 
 
 def test_three_kinds_of_steps_take_turns(run, tmp_path, capsys):
-    found = script.main([run, "--rounds", "2", "--steps", "4", "--out", str(tmp_path / "steps")])
-    turns = (("guided", 0), ("after stop", 0), ("plain", 0), ("plain", 1), ("guided", 1), ("after stop", 1))
-    assert list(zip(found.kind, found["round"], strict=True)) == [turn for turn in turns for _ in range(2)]
+    script.main([run, "--rounds", "2", "--steps", "4", "--out", str(tmp_path / "steps")])
     written = json.loads((tmp_path / "steps.json").read_text())
-    assert [step["seconds"] for step in written["steps"]] == list(found.seconds)
+    turns = (("guided", 0), ("after stop", 0), ("plain", 0), ("plain", 1), ("guided", 1), ("after stop", 1))
+    found = [(step["kind"], step["round"]) for step in written["steps"] if step["seconds"] > 0]
+    assert found == [turn for turn in turns for _ in range(2)]
     assert written["plan"]["teacher"]["flops"] > 0 and written["machine"]["torch"]
     assert "guided / plain:" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from composer import Callback, DataSpec, Event, Logger, State, Trainer
+from composer import Callback, DataSpec, Logger, State, Trainer
 from machine import machine
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
@@ -40,6 +40,7 @@ from let_composer.planning import HARDWARE, Hardware, Plan, make_plan
 __all__ = ["build", "main", "measure", "table"]
 
 KINDS = ("plain", "guided", "after stop")
+WARMUP = 2  # first steps of each turn that do not count
 
 
 class _Clock(Callback):
@@ -47,21 +48,21 @@ class _Clock(Callback):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
-        self._start = 0.0
+        self.start = 0.0
 
-    def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        if event not in (Event.AFTER_DATALOADER, Event.BATCH_END):
-            return
-        cuda = torch.cuda.is_available()
-        if cuda:
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if event == Event.BATCH_END:
-            step = {"seconds": time.perf_counter() - self._start, "microbatch": state.device_train_microbatch_size}
-            self.steps.append(step | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
-            return
-        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        self._start = time.perf_counter()
+        self.start = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        peak = None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        seconds, size = time.perf_counter() - self.start, state.device_train_microbatch_size
+        self.steps.append({"seconds": seconds, "microbatch": size, "peak_gib": peak})
 
 
 class _Endless(LET):
@@ -89,20 +90,18 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     return model, {**let, "teacher": folder}, min(source.vocab_size, model.model.config.vocab_size)
 
 
-def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Iterator[pd.DataFrame]:
-    """Time the three kinds of steps of a training YAML; yields a row for every step so far after every round.
-
-    ``steps`` are those of each kind in a round; of each turn the first ``warmup`` do not count.
-    """
-    if steps <= warmup or rounds < 1:
-        raise ValueError(f"expected at least one round of more than {warmup} steps, got {rounds} of {steps}.")
+def measure(config: DictConfig, rounds: int, steps: int) -> Iterator[pd.DataFrame]:
+    """Time so many steps of each kind in each round; after every round yields a row for every step so far."""
+    if steps <= WARMUP or rounds < 1:
+        raise ValueError(f"expected at least one round of more than {WARMUP} steps, got {rounds} of {steps}.")
     found, clock = list[dict[str, Any]](), _Clock()
     if not torch.cuda.is_available():  # all that FSDP needs to run without: Composer asks CUDA for the device
         torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     with tempfile.TemporaryDirectory() as folder:
         model, options, vocabulary = build(config, folder)
         batch = int(config.global_train_batch_size)
-        rows = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
+        ids = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
+        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
         # Constant, so that every guided step does the same work.
         let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
@@ -112,7 +111,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
             model=model,
             optimizers=torch.optim.SGD(model.parameters(), lr=1e-6),
             train_dataloader=DataSpec(
-                DataLoader(cast(Any, rows), batch_size=batch, collate_fn=_collate, drop_last=True),
+                DataLoader(rows, batch_size=batch),
                 get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel(),
             ),
             algorithms=let,
@@ -132,7 +131,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
                 trainer.state.algorithms = algorithms
                 trainer.fit(duration=f"{steps * len(kinds)}ba", reset_time=True)
                 for index, kind in enumerate(kinds):
-                    kept = clock.steps[index * steps + warmup : (index + 1) * steps]
+                    kept = clock.steps[index * steps + WARMUP : (index + 1) * steps]
                     found += [{"kind": kind, "round": number, **step} for step in kept]
             yield pd.DataFrame(found)
         trainer.close()
@@ -162,8 +161,8 @@ def table(found: pd.DataFrame, plan: Plan, hardware: Hardware | None) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> pd.DataFrame:
-    """Command line; returns what it measured."""
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", help="a training YAML of llm-foundry with algorithms.let")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for scripts/train.py")
@@ -176,19 +175,11 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     hardware = HARDWARE.get(args.gpu)
     plan = make_plan(config, 1, args.gpu, hardware, 0.4)
     command = {"yaml": args.yaml, "overrides": args.overrides, "rounds": args.rounds, "steps": args.steps}
-    found = pd.DataFrame()
+    report = {"command": command, "machine": machine(), "plan": asdict(plan)}
     for found in measure(config, args.rounds, args.steps):
         print(table(found, plan, hardware), flush=True)
         if args.out:
-            steps = found.to_dict("records")
-            report = {"command": command, "machine": machine(), "steps": steps, "plan": asdict(plan)}
-            write_json(args.out.with_suffix(".json"), report)
-    return found
-
-
-def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = torch.stack(rows)
-    return {"input_ids": ids, "labels": ids}
+            write_json(args.out.with_suffix(".json"), report | {"steps": found.to_dict("records")})
 
 
 if __name__ == "__main__":
