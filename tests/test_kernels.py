@@ -385,7 +385,6 @@ def test_compiled_kernels(pair, architectures, options):
             assert row["loads"].get(128, 0) > 0 or student < teacher, row
         if row["resize"] == "-":
             assert 128 in row["loads"] and 16 not in row["loads"], row
-    assert len(benchmark.worst(rows)) == len({(row["kernel"], row["resize"], row["sm"]) for row in rows})
 
 
 @compiled_only

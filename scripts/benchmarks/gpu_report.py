@@ -30,7 +30,10 @@ DATA = Path("data/evidence/shards")  # of yamls/evidence/evidence_125m.yaml
 GRACE = 20  # seconds between asking a part to end and ending it
 # Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
 PLAIN = "variables.attention=torch variables.loss_fn=torch_crossentropy"
-SMALL = "model.d_model=64 model.n_heads=2 model.n_layers=4 model.ffn_config.ffn_hidden_size=128 precision=fp32"
+SMALL = (
+    "model.d_model=64 model.n_heads=2 model.n_layers=4 model.ffn_config.ffn_hidden_size=128 precision=fp32"
+    " global_train_batch_size=2 device_train_microbatch_size=1"
+)
 
 
 class Part(NamedTuple):
@@ -43,7 +46,7 @@ class Part(NamedTuple):
 
 def parts(out: Path, gpu: str, flash: bool, memory_gib: float, rehearse: bool = False) -> list[Part]:
     """What is to be run, most wanted first. Without flash-attn attention keeps ``[S, S]`` matrices, so batches are
-    small; a rehearsal makes everything small enough for a CPU."""
+    small. What a rehearsal appends overrules what stands before it."""
     to = shlex.quote(str(out))
 
     def tests(name: str, file: str, limit: int) -> Part:
@@ -55,12 +58,10 @@ def parts(out: Path, gpu: str, flash: bool, memory_gib: float, rehearse: bool = 
         return Part(name, f"scripts/benchmarks/loss.py --out {to}/{name} {options} {toy}", 420)
 
     def step(name: str, size: str, batch: int, micro: int | str) -> Part:
-        toy = f"{SMALL} max_seq_len=32 algorithms.let.teacher=EleutherAI/pythia-14m --rounds 2 --steps 3"
-        if rehearse:
-            batch, micro = 2, 1
         command = f"scripts/benchmarks/step.py yamls/let_{size}.yaml --gpu {gpu} --out {to}/{name}"
-        command += f" global_train_batch_size={batch} device_train_microbatch_size={micro}"
-        return Part(name, f"{command} {'' if flash else PLAIN} {toy if rehearse else ''}", 300)
+        command += f" global_train_batch_size={batch} device_train_microbatch_size={micro} {'' if flash else PLAIN}"
+        toy = f"{SMALL} max_seq_len=32 algorithms.let.teacher=EleutherAI/pythia-14m --rounds 2 --steps 3"
+        return Part(name, f"{command} {toy if rehearse else ''}", 300)
 
     small = 8 if flash else 2
     found = [
@@ -78,13 +79,12 @@ def parts(out: Path, gpu: str, flash: bool, memory_gib: float, rehearse: bool = 
         found.append(step("step-7b", "7b", 4 if flash else 2, 2 if flash else 1))
     if (ROOT / DATA).exists() or rehearse:  # last: it fills whatever time is left
         command = f"scripts/evidence/sweep.py yamls/evidence/evidence_125m.yaml --workers 1 --runs {to}/evidence-125m"
+        command += " variables.attention=flash" if flash else ""
         toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba"
-        toy += " global_train_batch_size=2 device_train_microbatch_size=1 device_eval_batch_size=1"
-        toy += " eval_subset_num_batches=1 train_loader.num_workers=1 eval_loader.num_workers=1"
+        toy += " device_eval_batch_size=1 eval_subset_num_batches=1"
         toy += f" variables.data_local={to}/toy/shards variables.tokenizer={to}/toy/teacher"
         toy += f" variables.pretrained={to}/toy/teacher --only baseline pretrained"
-        attention = "variables.attention=flash" if flash else ""
-        found.append(Part("evidence-125m", f"{command} {attention} {toy if rehearse else ''}", 3600))
+        found.append(Part("evidence-125m", f"{command} {toy if rehearse else ''}", 3600))
     return found
 
 

@@ -127,14 +127,6 @@ def _inspect(compiled) -> dict:
     return row
 
 
-def worst(rows: list[dict]) -> list[dict]:
-    """The most of every kind of kernel over all pairs of widths, and the pair of the most registers."""
-    kind = ["kernel", "resize", "student", "normalized", "sm"]
-    most = ["registers", "spilled", "shared", "barriers"]
-    groups: Any = pd.DataFrame(rows).groupby(kind, sort=False)
-    return [group.loc[group.registers.idxmax()].to_dict() | group[most].max().to_dict() for _, group in groups]
-
-
 def method(name: str, options: argparse.Namespace) -> Callable:
     """A function of what :func:`inputs` makes."""
 
@@ -282,10 +274,9 @@ def draw(report: dict, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile-report", action="store_true", help="print how the kernels compile, as markdown")
+    parser.add_argument("--compile-report", action="store_true", help="how the kernels compile, most registers first")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loss"), help="folder of JSON and picture")
-    all_pairs = "student/teacher widths; all: the most over a wide grid, for the compile report alone"
-    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help=all_pairs)
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths, or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--resize", default="student", choices=["student", "teacher"], help="whose features")
@@ -296,10 +287,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=100, help="milliseconds of each timing; on the CPU, calls")
     options = parser.parse_args(arguments)
     if options.compile_report:
-        everything = options.pairs == ["all"]
-        pairs = [f"{a}/{b}" for a in WIDTHS for b in WIDTHS] if everything else options.pairs
-        rows = compile_report(pairs, dtype=options.dtype, normalized=options.normalize)
-        print(pd.DataFrame(worst(rows) if everything else rows).to_markdown(index=False))
+        pairs = [f"{a}/{b}" for a in WIDTHS for b in WIDTHS] if options.pairs == ["all"] else options.pairs
+        table = pd.DataFrame(compile_report(pairs, dtype=options.dtype, normalized=options.normalize))
+        print(table.sort_values("registers", ascending=False).to_markdown(index=False))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here. Use --compile-report, or --device cpu for a smoke run.")

@@ -105,8 +105,6 @@ def measure(config: DictConfig, rounds: int, steps: int) -> Iterator[pd.DataFram
         # Constant, so that every guided step does the same work.
         let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
-        if fsdp is None and torch.cuda.is_available():
-            model = model.cuda()
         trainer = Trainer(
             model=model,
             optimizers=torch.optim.SGD(model.parameters(), lr=1e-6),

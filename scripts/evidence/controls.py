@@ -13,21 +13,19 @@ from let_composer.student import resolve_layer
 __all__ = ["DeepSupervision", "LabelSmoothing"]
 
 
+@algorithms.register("deep_supervision")
 class DeepSupervision(Algorithm):
     """The next token's cross-entropy at an early block of an MPT with tied embeddings, through its last norm and head.
+    Its weight starts at 1, where both gradients are about as long at the block.
 
     Args:
         student_layer: As LET's.
-        weight: At the start. At 1 both gradients are about as long at the block.
         stop: As LET's.
         anneal: As LET's.
     """
 
-    def __init__(
-        self, student_layer: int = 3, weight: float = 1.0, stop: str = "0.5dur", anneal: Anneal = "linear"
-    ) -> None:
-        self.layer, self.weight = student_layer, weight
-        self.schedule = Schedule(stop, anneal)
+    def __init__(self, student_layer: int = 3, stop: str = "0.5dur", anneal: Anneal = "linear") -> None:
+        self.layer, self.schedule = student_layer, Schedule(stop, anneal)
         self.hidden: Any = None
 
     def match(self, event: Event, state: State) -> bool:
@@ -45,21 +43,15 @@ class DeepSupervision(Algorithm):
         student, labels = model.model.transformer, state.batch["labels"]
         logits = F.linear(student.norm_f(self.hidden), student.wte.weight)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        state.loss = plus(state.loss, self.schedule.weight(state.timestamp, self.weight) * loss)
+        state.loss = plus(state.loss, self.schedule.weight(state.timestamp, 1.0) * loss)
 
     def _keep(self, block: Any, inputs: Any, outputs: Any) -> None:
         self.hidden = outputs[0]
 
 
+@algorithms.register("label_smoothing_lm")
 class LabelSmoothing(Algorithm):
-    """A share of every target is spread evenly over the vocabulary of an MPT.
-
-    Args:
-        share: From 0 to 1.
-    """
-
-    def __init__(self, share: float = 0.1) -> None:
-        self.share = share
+    """A tenth of every target is spread evenly over the vocabulary of an MPT."""
 
     def match(self, event: Event, state: State) -> bool:
         """Once."""
@@ -68,8 +60,4 @@ class LabelSmoothing(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Have the model's own loss do it."""
         model: Any = state.model
-        model.loss_fn.label_smoothing = self.share
-
-
-algorithms.register("deep_supervision", func=DeepSupervision)
-algorithms.register("label_smoothing_lm", func=LabelSmoothing)
+        model.loss_fn.label_smoothing = 0.1
