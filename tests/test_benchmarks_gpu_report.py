@@ -14,13 +14,14 @@ import torch
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """Run the report on a made-up machine with parts that only print."""
+    monkeypatch.setattr(script, "LIMIT", 3)
     monkeypatch.setattr(script, "GRACE", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "test device")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 2**36}))
 
     def run(codes: dict[str, str], *arguments: str) -> int:
-        plan = [script.Part(name, shlex.join(["-c", code]), 3) for name, code in codes.items()]
+        plan = {name: shlex.join(["-c", code]) for name, code in codes.items()}
         monkeypatch.setattr(script, "parts", lambda *_: plan)
         return script.main(["--out", str(run.out), *arguments])
 
@@ -83,15 +84,13 @@ def test_unknown_parts_and_a_machine_without_a_gpu(report, monkeypatch, capsys):
 @pytest.mark.parametrize("flash", [True, False])
 def test_every_part_is_a_command_that_exists(tmp_path, flash, monkeypatch):
     monkeypatch.setattr(script, "DATA", tmp_path / "absent")
-    assert "evidence-125m" not in [part.name for part in script.parts(tmp_path, "h200", flash, 139)]
+    assert script.REST not in script.parts(tmp_path, "h200", flash, 139)
     monkeypatch.setattr(script, "DATA", tmp_path)
-    *found, evidence = script.parts(tmp_path, "h200", flash, 139)
-    assert [part.name for part in found][:3] == ["kernel-tests", "loss", "step-1b4"]
-    assert evidence.name == "evidence-125m" and ("variables.attention=flash" in evidence.command) == flash
-    for part in found:
-        for word in shlex.split(part.command):
-            assert not word.startswith(("yamls/", "scripts/", "tests/")) or (script.ROOT / word).exists()
-        assert part.limit < 600 - script.GRACE
+    found = script.parts(tmp_path, "h200", flash, 139)
+    assert list(found)[:3] == ["kernel-tests", "loss", "step-1b4"] and list(found)[-1] == script.REST
+    assert ("variables.attention=flash" in found[script.REST]) == flash
+    for word in shlex.split(" ".join(found.values())):
+        assert not word.startswith(("yamls/", "scripts/", "tests/")) or (script.ROOT / word).exists()
 
 
 @pytest.mark.slow

@@ -47,11 +47,10 @@ def test_what_the_yaml_names_is_what_runs(run, monkeypatch, wrapped):
     monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)  # put back what measure() sets
     monkeypatch.setattr(script.LET, "_run_teacher", align)
     monkeypatch.setattr(MPTBlock, "forward", count)
-    overrides = [f"model.vocab_size={2 * VOCABULARY}"]
+    config = script.load(run, [f"model.vocab_size={2 * VOCABULARY}"])
     if wrapped:
-        overrides += [f"fsdp_config.{key}" for key in ("sharding_strategy=FULL_SHARD", "activation_checkpointing=true")]
-        overrides += ["fsdp_config.activation_checkpointing_reentrant=false"]
-    found = list(script.measure(script.load(run, overrides), rounds=2, steps=3))
+        config.fsdp_config = {"activation_checkpointing": True, "activation_checkpointing_reentrant": False}
+    found = list(script.measure(config, rounds=2, steps=3))
     assert len(found) == 2 and set(found[-1].microbatch) == {4}
     assert calls == [(batch, wrapped) for _ in range(2) for batch in (0, 0, 1, 1, 2, 2)]  # two microbatches a step
     assert len(blocks) == 2 * 3 * 3 * 2 * 4 * (2 if wrapped else 1)  # rounds, kinds, steps, microbatches, blocks

@@ -18,15 +18,18 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from machine import ROOT, machine
 
-__all__ = ["Part", "main", "parts", "run", "save", "toy_data"]
+__all__ = ["main", "parts", "run", "save", "toy_data"]
 
 DATA = Path("data/evidence/shards")  # of yamls/evidence/evidence_125m.yaml
+LIMIT = 420  # seconds for a part, so that one that hangs does not take all the time
+REST = "evidence-125m"  # the last part has no such limit: it fills whatever time is left
 GRACE = 20  # seconds between asking a part to end and ending it
 # Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
 PLAIN = "variables.attention=torch variables.loss_fn=torch_crossentropy"
@@ -36,56 +39,46 @@ SMALL = (
 )
 
 
-class Part(NamedTuple):
-    """One measurement: what Python is to run, and for how many seconds at most."""
+def parts(out: Path, gpu: str, flash: bool, memory_gib: float, rehearse: bool = False) -> dict[str, str]:
+    """What Python is to run, by name, most wanted first. Without flash-attn attention keeps ``[S, S]`` matrices, so
+    batches are small. What a rehearsal appends overrules what stands before it."""
+    to, small = shlex.quote(str(out)), 8 if flash else 2
+    tests = "-m pytest -m gpu -q -W ignore -p no:cacheprovider"
+    tests += " -n auto --maxprocesses 8" if importlib.util.find_spec("xdist") else ""
 
-    name: str
-    command: str
-    limit: int
-
-
-def parts(out: Path, gpu: str, flash: bool, memory_gib: float, rehearse: bool = False) -> list[Part]:
-    """What is to be run, most wanted first. Without flash-attn attention keeps ``[S, S]`` matrices, so batches are
-    small. What a rehearsal appends overrules what stands before it."""
-    to = shlex.quote(str(out))
-
-    def tests(name: str, file: str, limit: int) -> Part:
-        many = "-n auto --maxprocesses 8" if importlib.util.find_spec("xdist") else ""
-        return Part(name, f"-m pytest -m gpu {file} -q -W ignore -p no:cacheprovider {many}", limit)
-
-    def loss(name: str, options: str = "") -> Part:
+    def loss(options: str = "") -> str:
         toy = "--device cpu --pairs 48/24 --tokens 8 --repeats 2" if rehearse else ""
-        return Part(name, f"scripts/benchmarks/loss.py --out {to}/{name} {options} {toy}", 420)
+        return f"scripts/benchmarks/loss.py --out {{}} {options} {toy}"
 
-    def step(name: str, size: str, batch: int, micro: int | str) -> Part:
-        command = f"scripts/benchmarks/step.py yamls/let_{size}.yaml --gpu {gpu} --out {to}/{name}"
-        command += f" global_train_batch_size={batch} device_train_microbatch_size={micro} {'' if flash else PLAIN}"
+    def step(size: str, batch: int, micro: int | str) -> str:
+        command = f"scripts/benchmarks/step.py yamls/let_{size}.yaml --gpu {gpu} --out {{}} {'' if flash else PLAIN}"
+        command += f" global_train_batch_size={batch} device_train_microbatch_size={micro}"
         toy = f"{SMALL} max_seq_len=32 algorithms.let.teacher=EleutherAI/pythia-14m --rounds 2 --steps 3"
-        return Part(name, f"{command} {toy if rehearse else ''}", 300)
+        return f"{command} {toy if rehearse else ''}"
 
-    small = 8 if flash else 2
-    found = [
-        tests("kernel-tests", "tests/test_kernels.py", 240),
-        loss("loss"),
-        step("step-1b4", "1b4", 2 * small, small),
-        tests("trainer-tests", "tests/test_gpu.py", 300),
-        loss("loss-teacher", "--resize teacher"),
-        step("step-125m", "125m", 32, 16),
-        step("step-1b4-auto", "1b4", 4 * small, "auto"),
-        loss("loss-normalized", "--normalize --pairs 2048/768 4096/2048"),
-        loss("loss-fp32", "--dtype float32 --pairs 2048/768 4096/2048"),
-    ]
+    found = {
+        "kernel-tests": f"{tests} tests/test_kernels.py",
+        "loss": loss(),
+        "step-1b4": step("1b4", 2 * small, small),
+        "trainer-tests": f"{tests} tests/test_gpu.py",
+        "loss-teacher": loss("--resize teacher"),
+        "step-125m": step("125m", 32, 16),
+        "step-1b4-auto": step("1b4", 4 * small, "auto"),
+        "loss-normalized": loss("--normalize --pairs 2048/768 4096/2048"),
+        "loss-fp32": loss("--dtype float32 --pairs 2048/768 4096/2048"),
+    }
     if memory_gib > 100 or rehearse:  # weights and gradients in fp32, weights in bf16: 65 GiB before activations
-        found.append(step("step-7b", "7b", 4 if flash else 2, 2 if flash else 1))
-    if (ROOT / DATA).exists() or rehearse:  # last: it fills whatever time is left
-        command = f"scripts/evidence/sweep.py yamls/evidence/evidence_125m.yaml --workers 1 --runs {to}/evidence-125m"
-        command += " variables.attention=flash" if flash else ""
-        toy = f"{SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba"
+        found["step-7b"] = step("7b", 4 if flash else 2, 2 if flash else 1)
+    if (ROOT / DATA).exists() or rehearse:
+        found[REST] = "scripts/evidence/sweep.py yamls/evidence/evidence_125m.yaml --workers 1 --runs {}"
+        found[REST] += " variables.attention=flash" if flash else ""
+        toy = f" {SMALL} model.vocab_size=512 max_seq_len=64 max_duration=4ba eval_interval=2ba"
         toy += " device_eval_batch_size=1 eval_subset_num_batches=1"
         toy += f" variables.data_local={to}/toy/shards variables.tokenizer={to}/toy/teacher"
         toy += f" variables.pretrained={to}/toy/teacher --only baseline pretrained"
-        found.append(Part("evidence-125m", f"{command} {toy if rehearse else ''}", 3600))
-    return found
+        found[REST] += toy if rehearse else ""
+    # {} is a name of the part's own.
+    return {name: command.format(f"{to}/{name}") for name, command in found.items()}
 
 
 def toy_data(out: Path, vocabulary: int = 512, length: int = 64) -> None:
@@ -108,40 +101,40 @@ def toy_data(out: Path, vocabulary: int = 512, length: int = 64) -> None:
                 writer.write({"tokens": row})
 
 
-def run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
-    """Run one part, for so many seconds at most, and keep its output in ``OUT/<part>.log``."""
-    start, log = time.time(), out / f"{part.name}.log"
+def run(command: str, log: Path, seconds: float) -> dict[str, Any]:
+    """Have Python run a command, for so many seconds at most, and keep its output."""
+    start = time.time()
     variables = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "HF_HUB_OFFLINE": "1",
         "GIT_PYTHON_REFRESH": "quiet",  # llm-foundry imports GitPython, which raises where there is no git
     }
-    # Ends the part with what it started, which would hold the device's memory.
-    limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(seconds - GRACE)]
-    command = [*limit, sys.executable, *shlex.split(part.command)]
+    # timeout ends the command with what it started, which would hold the device's memory.
+    limited = ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(seconds - GRACE), sys.executable]
+    limited += shlex.split(command)
     with open(log, "w") as file:
-        status = subprocess.run(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(limited, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT).returncode
     return {
-        "command": f"python {part.command}",
+        "command": f"python {command}",
         "exit": status,
         "seconds": round(time.time() - start, 1),
         "tail": log.read_text(errors="replace")[-6000:],
     }
 
 
-def save(out: Path, report: dict[str, Any], plan: list[Part], archive: Path | None) -> None:
+def save(out: Path, report: dict[str, Any], names: Iterable[str], archive: Path | None) -> None:
     """Write OUT/report.json, the page OUT/report.md (results, pictures, what has not run) and the archive."""
     lines = ["# GPU report", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items()) + "."]
-    for part in plan:
-        result = report["parts"].get(part.name)
+    for name in names:
+        result = report["parts"].get(name)
         if result is None:
-            lines += ["", f"## {part.name}: not run"]
+            lines += ["", f"## {name}: not run"]
             continue
         state = {0: "done", 124: "ran out of time"}.get(result["exit"], f"failed, exit status {result['exit']}")
-        lines += ["", f"## {part.name}: {state} in {result['seconds']:.0f} s", "", f"    {result['command']}", ""]
+        lines += ["", f"## {name}: {state} in {result['seconds']:.0f} s", "", f"    {result['command']}", ""]
         lines += ["```", result["tail"].strip(), "```"]
-        lines += [f"\n![{p.stem}]({p.relative_to(out)})" for p in sorted((out / part.name).glob("*.png"))]
+        lines += [f"\n![{path.stem}]({path.relative_to(out)})" for path in sorted((out / name).glob("*.png"))]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     partial = out / "report.json.partial"
     partial.write_text(json.dumps(report, indent=1) + "\n")
@@ -175,30 +168,29 @@ def main(arguments: list[str] | None = None) -> int:
     memory = 0 if args.rehearse else torch.cuda.get_device_properties(0).total_memory / 2**30
     flash = importlib.util.find_spec("flash_attn") is not None and not args.rehearse
     plan = parts(out, args.gpu, flash, memory, args.rehearse)
-    names = [part.name for part in plan]
-    if unknown := set(args.only or []) - set(names):
-        parser.error(f"no parts {', '.join(sorted(unknown))}. There are {', '.join(names)}.")
+    todo = args.only or list(plan)
+    if unknown := set(todo) - set(plan):
+        parser.error(f"no parts {', '.join(sorted(unknown))}. There are {', '.join(plan)}.")
     out.mkdir(parents=True, exist_ok=True)
     stored, about = out / "report.json", machine()
     report = json.loads(stored.read_text()) if stored.exists() else {"machine": {}}
     if report["machine"] | {"date": about["date"]} != about:
         report = {"machine": about, "parts": {}}
     results, end = report["parts"], time.time() + 60 * args.minutes
-    todo = [part for part in plan if part.name in (args.only or names)]
-    for part in todo:
+    for name in todo:
         left = end - time.time()
-        if results.get(part.name, {}).get("exit") == 0:
-            print(f"{part.name}: done before.", flush=True)
+        if results.get(name, {}).get("exit") == 0:
+            print(f"{name}: done before.", flush=True)
         elif left < 3 * GRACE:
-            print(f"{part.name}: no time left. Call again to go on.", flush=True)
+            print(f"{name}: no time left. Call again to go on.", flush=True)
         else:
-            seconds = left if args.rehearse else min(part.limit, left)  # compilers have perhaps few cores
-            print(f"{part.name}: at most {seconds:.0f} s ...", flush=True)
-            results[part.name] = run(part, out, seconds)
-            print("exit status {exit} after {seconds:.0f} s.".format(**results[part.name]), flush=True)
+            seconds = left if args.rehearse or name == REST else min(LIMIT, left)
+            print(f"{name}: at most {seconds:.0f} s ...", flush=True)
+            results[name] = run(plan[name], out / f"{name}.log", seconds)
+            print(f"{name}: exit status {results[name]['exit']}.", flush=True)
         save(out, report, plan, args.archive)
     print(out / "report.md")
-    return sum(results.get(part.name, {}).get("exit") != 0 for part in todo)
+    return sum(results.get(name, {}).get("exit") != 0 for name in todo)
 
 
 if __name__ == "__main__":

@@ -205,15 +205,14 @@ def measure(function: Callable, states: tuple[Any, ...], options: argparse.Names
         "forward": lambda: function(*states),
         "backward": lambda: torch.autograd.grad(found[0], student, retain_graph=True),
     }
-    student_bytes, teacher_bytes = (states.shape[-1] * states.element_size() for states in (student, teacher))
-    compulsory = {
-        "forward": student_bytes + teacher_bytes + 1 + 12,  # states, mask, what is saved
-        "backward": 2 * student_bytes + teacher_bytes + 12,  # states and gradient, what was saved
+    compulsory = {  # states, mask or gradient, and what is saved
+        "forward": student.nbytes + teacher.nbytes + mask.nbytes + 12 * len(mask),
+        "backward": student.nbytes + teacher.nbytes + student.nbytes + 12 * len(mask),
     }
     rows = []
     for which, step in steps.items():
         row = {"pass": which, **timed(step, options)}
-        row["gb_per_s"] = len(mask) * compulsory[which] / 1e6 / row["ms"]
+        row["gb_per_s"] = compulsory[which] / 1e6 / row["ms"]
         if options.device == "cuda":
             torch.cuda.synchronize()
             row["host_ms"] = timeit.timeit(step, number=20) / 20 * 1e3

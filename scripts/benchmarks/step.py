@@ -76,10 +76,9 @@ class _Endless(LET):
 
 def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     """The YAML's student, LET's options with a teacher in ``folder`` of its shape, and the smaller vocabulary."""
-    options = (config.get("algorithms") or {}).get("let")
-    if options is None:
+    if om.select(config, "algorithms.let") is None:
         raise ValueError("expected a YAML with algorithms.let: what is measured is its cost.")
-    let = cast(dict[str, Any], om.to_container(options, resolve=True))
+    let = cast(dict[str, Any], om.to_container(config.algorithms.let, resolve=True))
     torch.manual_seed(0)
     model = build_model(config, {"init_device": "cpu"})
     source = teacher_config(let.get("teacher", LET().options.teacher))
