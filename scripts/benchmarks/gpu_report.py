@@ -93,9 +93,8 @@ def toy_data(out: Path, vocabulary: int = 512, length: int = 64) -> None:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
     tokenizer.save_pretrained(out / "teacher")
-    for split in ("train", "val"):
-        # Not by let-composer prepare, whose backports.zstd is not on every machine with a GPU.
-        columns = {"tokens": f"ndarray:uint16:{length}"}
+    columns = {"tokens": f"ndarray:uint16:{length}"}
+    for split in ("train", "val"):  # not by let-composer prepare, whose backports.zstd is not on every GPU machine
         with MDSWriter(out=str(out / "shards" / split), columns=columns, exist_ok=True) as writer:
             for row in np.random.default_rng(0).integers(0, vocabulary, (400, length), np.uint16):
                 writer.write({"tokens": row})

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from composer import Callback, DataSpec, Logger, State, Trainer
+from composer import Callback, Logger, State, Trainer
 from machine import machine
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
@@ -102,15 +102,12 @@ def measure(config: DictConfig, rounds: int, steps: int) -> Iterator[pd.DataFram
         ids = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
         rows: Any = [{"input_ids": row, "labels": row} for row in ids]
         # Constant, so that every guided step does the same work.
-        let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
+        let = _Endless(**options | {"stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
         trainer = Trainer(
             model=model,
             optimizers=torch.optim.SGD(model.parameters(), lr=1e-6),
-            train_dataloader=DataSpec(
-                DataLoader(rows, batch_size=batch),
-                get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel(),
-            ),
+            train_dataloader=DataLoader(rows, batch_size=batch),
             algorithms=let,
             callbacks=clock,
             max_duration=f"{2 * steps}ba",
