@@ -102,7 +102,7 @@ def measure(config: DictConfig, rounds: int, steps: int) -> Iterator[pd.DataFram
         ids = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
         rows: Any = [{"input_ids": row, "labels": row} for row in ids]
         # Constant, so that every guided step does the same work.
-        let = _Endless(**options | {"stop": f"{steps}ba", "anneal": "constant"})
+        let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
         trainer = Trainer(
             model=model,
