@@ -60,8 +60,9 @@ def test_time_limits_and_the_end_of_time_are_told(report, capsys):
     late = "import time\ntry: time.sleep(30)\nexcept KeyboardInterrupt: print('kept what there was'); raise"
     child = f"import time; time.sleep(4); open({str(report.out)!r} + '/outlived', 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert report({"late": late, "parent": parent}) == 2
-    assert "## late: ran out of time" in report.page()
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(30)"
+    assert report({"late": late, "parent": parent, "deaf": deaf}) == 3
+    assert "## late: ran out of time" in report.page() and "## deaf: was killed" in report.page()
     assert "kept what there was\n" in report.page()  # it is asked before it is killed
     assert report({"late": "pass"}, "--minutes", "0.04") == 1
     assert "late: no time left" in capsys.readouterr().out

@@ -31,8 +31,8 @@ WRAPPINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture
 def run(train, tokenizer, teacher_folder):
-    def run(method: Any = LET, guidance: Any = {}, **overrides: Any) -> Any:  # noqa: B006
-        algorithms = [method(teacher_folder, **GUIDED | guidance)] if method else []
+    def run(method: Any = LET, guidance: Any = None, **overrides: Any) -> Any:
+        algorithms = [method(teacher_folder, **{**GUIDED, **(guidance or {})})] if method else []
         options = {"device": "gpu", "max_duration": "5ba", "data": build_data(tokenizer, ragged=True), **overrides}
         return train(*algorithms, **options)
 

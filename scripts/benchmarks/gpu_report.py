@@ -130,7 +130,8 @@ def save(out: Path, report: dict[str, Any], names: Iterable[str], archive: Path 
         if result is None:
             lines += ["", f"## {name}: not run"]
             continue
-        state = {0: "done", 124: "ran out of time"}.get(result["exit"], f"failed, exit status {result['exit']}")
+        known = {0: "done", 124: "ran out of time", -9: "was killed, out of time or memory,"}
+        state = known.get(result["exit"], f"failed, exit status {result['exit']},")
         lines += ["", f"## {name}: {state} in {result['seconds']:.0f} s", "", f"    {result['command']}", ""]
         lines += ["```", result["tail"].strip(), "```"]
         lines += [f"\n![{path.stem}]({path.relative_to(out)})" for path in sorted((out / name).glob("*.png"))]

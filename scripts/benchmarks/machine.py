@@ -22,7 +22,7 @@ def machine() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
-        "torch": torch.__version__,  # with its CUDA
+        "torch": str(torch.__version__),  # with its CUDA
         **{name: version(name) for name in ("triton", "numpy", "mosaicml", "llm-foundry", "transformers")},
         "sources": sources.hexdigest()[:12],
         "date": datetime.date.today().isoformat(),
