@@ -273,7 +273,7 @@ def draw(report: dict, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile-report", action="store_true", help="how the kernels compile, most registers first")
+    parser.add_argument("--compile-report", action="store_true", help="how the kernels compile, the worst first")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loss"), help="folder of JSON and picture")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths, or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile_report:
         pairs = [f"{a}/{b}" for a in WIDTHS for b in WIDTHS] if options.pairs == ["all"] else options.pairs
         table = pd.DataFrame(compile_report(pairs, dtype=options.dtype, normalized=options.normalize))
-        print(table.sort_values("registers", ascending=False).to_markdown(index=False))
+        print(table.sort_values(["spilled", "registers"], ascending=False).to_markdown(index=False))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here. Use --compile-report, or --device cpu for a smoke run.")
