@@ -6,7 +6,7 @@ from typing import Literal
 
 from composer.core import Time, Timestamp, TimeUnit
 
-__all__ = ["Anneal", "Schedule", "annealed_weight", "parse_stop", "resolve_stop"]
+__all__ = ["Anneal", "Schedule", "parse_stop", "resolve_stop"]
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +18,9 @@ _UNITS = (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH, TimeU
 def parse_stop(stop: str) -> Time:
     """Parse the end of the guidance.
 
-    Args:
-        stop: A Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``, greater than 0; ``dur`` at most 1.
-
-    Returns:
-        The same as a Composer ``Time``.
-
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If it is no Composer time string in ``ba``, ``tok``, ``sp``, ``ep`` or ``dur``, greater than 0;
+            ``dur`` at most 1.
     """
     expected = "stop must be a time string such as '0.3dur', '1500ba', '2e9tok', '1e6sp' or '1ep'"
     if not isinstance(stop, str):
@@ -44,18 +39,10 @@ def parse_stop(stop: str) -> Time:
 
 
 def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> Time:
-    """Turn ``stop`` into batches, tokens or samples of this run.
+    """Turn what :func:`parse_stop` returned into batches, tokens or samples of this run.
 
     ``dur`` is a fraction of ``max_duration`` and epochs become batches, both truncated to whole units, as Composer's
     learning-rate schedulers do. Warns when the result lies past the end of training, which may be one part of a run.
-
-    Args:
-        stop: What :func:`parse_stop` returned.
-        max_duration: The length of the run.
-        dataloader_len: Batches per epoch, ``None`` if unknown.
-
-    Returns:
-        A ``Time`` in ``ba``, ``tok`` or ``sp``.
 
     Raises:
         ValueError: If epochs cannot be converted, or the result is empty.
@@ -76,31 +63,10 @@ def resolve_stop(stop: Time, max_duration: Time, dataloader_len: int | None) -> 
         )
     if resolved.unit == end.unit and resolved.value > end.value:
         log.warning(
-            "stop is %s, but max_duration is %s: the guidance will not end within this part of the run. For a fraction "
-            "of it, write stop as in '0.3dur'.",
-            stop.to_timestring(),
-            max_duration.to_timestring(),
+            f"stop is {stop.to_timestring()}, but max_duration is {max_duration.to_timestring()}: the guidance will "
+            "not end within this part of the run. For a fraction of it, write stop as in '0.3dur'."
         )
     return resolved
-
-
-def annealed_weight(elapsed: float, stop: float, weight: float, anneal: Anneal) -> float:
-    """The weight of the guidance, exactly ``weight`` at 0 and exactly 0 from ``stop`` on.
-
-    Args:
-        elapsed: Time trained so far, in the unit of ``stop``.
-        stop: End of the guidance, greater than 0.
-        weight: Weight at the beginning (paper: lambda_0).
-        anneal: ``"linear"`` (paper), ``"cosine"`` (half a period), or ``"constant"`` until ``stop``.
-    """
-    left = max(0.0, 1.0 - elapsed / stop)
-    if left == 0.0:
-        return 0.0
-    if anneal == "linear":
-        return weight * left
-    if anneal == "cosine":
-        return weight * 0.5 * (1.0 - math.cos(math.pi * left))
-    return weight
 
 
 class Schedule:
@@ -111,7 +77,7 @@ class Schedule:
 
     Args:
         stop: As for :func:`parse_stop`.
-        anneal: As for :func:`annealed_weight`.
+        anneal: ``"linear"`` (paper), ``"cosine"`` (half a period), or ``"constant"`` until the end.
     """
 
     def __init__(self, stop: str, anneal: Anneal) -> None:
@@ -133,9 +99,16 @@ class Schedule:
         self.end = self.end or resolve_stop(self.stop, max_duration, dataloader_len)
 
     def weight(self, clock: Timestamp, start: float) -> float:
-        """The weight now, of a guidance that starts with ``start``."""
+        """The weight now: exactly ``start`` at 0, exactly 0 from the end on."""
         assert self.end is not None
-        return annealed_weight(clock.get(self.end.unit).value, self.end.value, start, self.anneal)
+        left = max(0.0, 1.0 - clock.get(self.end.unit).value / self.end.value)
+        if left == 0.0:
+            return 0.0
+        if self.anneal == "linear":
+            return start * left
+        if self.anneal == "cosine":
+            return start * 0.5 * (1.0 - math.cos(math.pi * left))
+        return start
 
     def over(self, clock: Timestamp) -> bool:
         """Whether the end is known and has passed."""

@@ -3,6 +3,7 @@ trainer.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,12 +84,12 @@ class GradientRatio:
         self.norms = [_MOMENTUM * o + (1 - _MOMENTUM) * n for o, n in zip(old, (model, term), strict=True)]
 
 
+@dataclass
 class RunningMean:
     """Of what each batch found, plain over the first ten; what is not finite is left out."""
 
-    def __init__(self) -> None:
-        self.value: float | None = None  # until a batch has been seen
-        self.batches = 0
+    value: float | None = None  # until a batch has been seen
+    batches: int = 0
 
     @property
     def settled(self) -> bool:
@@ -101,14 +102,6 @@ class RunningMean:
             self.batches += 1
             old = found if self.value is None else self.value
             self.value = old + (found - old) * max(1 / self.batches, 1 - _MOMENTUM)
-
-    def state(self) -> list[Any]:
-        """What :meth:`restore` takes, as plain Python values."""
-        return [self.value, self.batches]
-
-    def restore(self, state: list[Any]) -> None:
-        """Go on from :meth:`state`."""
-        self.value, self.batches = state
 
 
 def lead_share(nats: float | None) -> float:

@@ -13,11 +13,8 @@ Composer's speed monitor, memory its memory monitor, the teacher's compute LET's
 
 import argparse
 import glob
-import json
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,63 +51,53 @@ def group(arguments: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def _runs(pattern: str) -> list[Path]:
-    if os.path.exists(pattern):
+    if Path(pattern).exists():
         return [Path(pattern)]
-    return [path for found in sorted(glob.glob(pattern)) if (path := Path(found)).is_dir() or path.suffix == ".csv"]
+    return [path for path in map(Path, sorted(glob.glob(pattern))) if path.is_dir() or path.suffix == ".csv"]
 
 
-def crossing(curve: Curve, level: float) -> float | None:
-    """Where a falling curve first reaches a level, linear between its points; ``None`` if it never does."""
+def crossing(curve: Curve, level: float) -> float:
+    """Where a falling curve first reaches a level, linear between its points; NaN if it never does."""
     x, y = curve
     if not (below := np.flatnonzero(y <= level)).size:
-        return None
+        return np.nan
     i = slice(max(0, int(below[0]) - 1), int(below[0]) + 1)
     return float(np.interp(-level, -y[i], x[i]))
 
 
-def _measure(run: Run, tokens: float, level: float, teacher: float | None, sign: int) -> dict[str, Any]:
+def _measure(run: Run, tokens: float, level: float, teacher: float, sign: int) -> dict[str, Any]:
     """The figures of one run: losses in the metric's unit, times in seconds, compute in the FLOPs of one token of plain
-    training; ``None`` for what was not logged or never happened. Losses are compared at so many ``tokens``; ``level``
-    and ``teacher`` are to be reached, from below if ``sign`` is -1."""
-
-    def at(curve: Curve, tokens: float | None) -> float | None:
-        value = np.nan if tokens is None else np.interp(tokens, *curve)
-        return float(value) if np.isfinite(value) else None
-
-    falling, end, x = (run.loss[0], sign * run.loss[1]), float(run.loss[0][-1]), run.train_seconds[0]
-    reached, compute = crossing(falling, sign * level), at(run.compute, end)
+    training; NaN for what was not logged or never happened. Losses are compared at so many ``tokens``; ``level`` and
+    ``teacher`` are to be reached, from below if ``sign`` is -1."""
+    x, y = run.loss
+    end, reached, compute = x[-1], crossing((x, sign * y), sign * level), np.interp(x[-1], *run.compute)
     return {
         "run": run.name,
-        "final_loss": at(run.loss, end),
-        "loss_at_equal_tokens": at(run.loss, tokens),
+        "final_loss": y[-1],
+        "loss_at_equal_tokens": np.interp(tokens, x, y),
         "tokens": end,
         "compute": compute,
-        "teacher_share": 1 - end / compute if compute else None,  # of the compute
-        "train_seconds": at(run.train_seconds, x[-1]),
+        "teacher_share": 1 - end / compute,  # of the compute
+        "train_seconds": run.train_seconds[1][-1],
         "tokens_to_baseline_loss": reached,
-        "compute_to_baseline_loss": at(run.compute, reached),
-        "seconds_to_baseline_loss": at(run.train_seconds, reached),
-        "tokens_to_teacher_loss": None if teacher is None else crossing(falling, sign * teacher),
-        "guided_tokens_per_second": run.batch / run.guided_seconds if run.guided_seconds else None,
-        "plain_tokens_per_second": run.batch / run.plain_seconds if run.plain_seconds else None,
+        "compute_to_baseline_loss": np.interp(reached, *run.compute),
+        "seconds_to_baseline_loss": np.interp(reached, *run.train_seconds),
+        "tokens_to_teacher_loss": crossing((x, sign * y), sign * teacher),
+        "guided_tokens_per_second": run.guided_speed,
+        "plain_tokens_per_second": run.plain_speed,
         "peak_gb": run.peak_gb,
     }
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Mean, lowest, highest and number of the values that are there; ``None`` if none is."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return {"mean": float(np.mean(known)), "min": min(known), "max": max(known), "n": len(known)}
+    known: Any = pd.Series(values, dtype=float).dropna()
+    return {"mean": known.mean(), "min": known.min(), "max": known.max(), "n": len(known)} if len(known) else None
 
 
 def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
-    """All figures: of each run, and their spread over an arm's seeds.
-
-    Args:
-        arms: Runs by arm; the first is the baseline. The loss to be reached is the mean of its seeds' final ones.
-        teacher: The run that trained the teacher. Default: ``None``.
+    """All figures: of each run, and their spread over an arm's seeds. The first arm is the baseline; the loss to be
+    reached is the mean of its seeds' final ones.
 
     Raises:
         ValueError: If the baseline's final loss is not a number, or the runs were compared by different metrics.
@@ -122,11 +109,11 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
     level = float(np.mean([run.loss[1][-1] for run in arms[baseline]]))
     if not np.isfinite(level):
         raise ValueError(f"the final loss of {baseline} is {level}: nothing can be compared to it.")
-    tokens = float(min(run.loss[0][-1] for run in runs))
-    teacher_loss, rising = None if teacher is None else float(teacher.loss[1][-1]), "accuracy" in metrics[0].lower()
+    tokens, rising = min(run.loss[0][-1] for run in runs), "accuracy" in metrics[0].lower()
+    goal, sign = teacher.loss[1][-1] if teacher else np.nan, -1 if rising else 1
     rows = []
-    for arm in arms:
-        seeds = [_measure(run, tokens, level, teacher_loss, -1 if rising else 1) for run in arms[arm]]
+    for arm, own in arms.items():
+        seeds = [_measure(run, tokens, level, goal, sign) for run in own]
         over_seeds = {key: spread([seed[key] for seed in seeds]) for key in seeds[0] if key != "run"}
         rows.append({"arm": arm, "over_seeds": over_seeds, "seeds": seeds})
     flops = [run.flops_per_token for run in runs]
@@ -136,40 +123,42 @@ def summarize(arms: Arms, teacher: Run | None = None) -> dict[str, Any]:
         "baseline": baseline,
         "baseline_final_loss": level,
         "equal_tokens": tokens,
-        "flops_per_token": flops[0] if flops[0] and all(f and abs(f / flops[0] - 1) < 0.01 for f in flops) else None,
+        "flops_per_token": flops[0] if np.ptp(flops) < 0.01 * flops[0] else None,  # of plain training, where they agree
         "arms": rows,
-        "teacher": None if teacher is None else _measure(teacher, teacher.loss[0][-1], -np.inf, None, 1),
+        "teacher": _measure(teacher, teacher.loss[0][-1], np.nan, np.nan, 1) if teacher else None,
     }
 
 
 def verdict(summary: dict[str, Any]) -> str:
     """What the comparison shows, in one or two sentences."""
     baseline, level, (first, *others) = summary["baseline"], summary["baseline_final_loss"], summary["arms"]
-    seeds = sorted({len(row["seeds"]) for row in summary["arms"]})
-    mean = "One seed each." if seeds == [1] else f"Means of {' to '.join(map(str, seeds))} seeds."
+    counts = sorted({len(row["seeds"]) for row in summary["arms"]})
+    mean = "One seed each." if counts == [1] else f"Means of {' to '.join(map(str, counts))} seeds."
     what = "loss" if METRIC in summary["metric"] else summary["metric"].rpartition("/")[2]
     if not others:
         return f"{baseline} ends at a {what} of {level:.3f}. {mean}"
-    reached = [
-        (tokens["n"] < len(row["seeds"]), tokens["mean"], row)
-        for row in others
-        if (tokens := row["over_seeds"]["tokens_to_baseline_loss"])
-    ]
+    reached = [row for row in others if row["over_seeds"]["tokens_to_baseline_loss"]]
     if not reached:
         return f"No arm reaches the final {what} of {baseline}, {level:.3f}. {mean}"
-    incomplete, tokens, best = min(reached, key=lambda found: found[:2])
-    own, whole = best["over_seeds"], first["over_seeds"]
-    text = f"{tokens / whole['tokens']['mean']:.0%} of its tokens"
-    if own["compute_to_baseline_loss"] and whole["compute"]:
-        share = own["compute_to_baseline_loss"]["mean"] / whole["compute"]["mean"]
-        text += f" and {share:.0%} of its compute, the teacher's forward included"
-    only = f" Only {own['tokens_to_baseline_loss']['n']} of its {len(best['seeds'])} seeds do." if incomplete else ""
-    return f"{best['arm']} reaches the final {what} of {baseline}, {level:.3f}, after {text}.{only} {mean}"
+
+    def rank(row: dict[str, Any]) -> tuple[bool, float]:
+        tokens = row["over_seeds"]["tokens_to_baseline_loss"]
+        return tokens["n"] < len(row["seeds"]), tokens["mean"]
+
+    best = min(reached, key=rank)
+    own, whole, seeds = best["over_seeds"], first["over_seeds"], len(best["seeds"])
+    tokens, compute = (own[f"{over}_to_baseline_loss"]["mean"] / whole[over]["mean"] for over in ("tokens", "compute"))
+    n = own["tokens_to_baseline_loss"]["n"]
+    only = f" Only {n} of its {seeds} seeds do." if n < seeds else ""
+    return (
+        f"{best['arm']} reaches the final {what} of {baseline}, {level:.3f}, after {tokens:.0%} of its tokens and "
+        f"{compute:.0%} of its compute, the teacher's forward included.{only} {mean}"
+    )
 
 
 def cell(values: dict[str, float] | None, seeds: int, form: str, unit: float = 1, suffix: str = "") -> str:
-    """A spread as text: mean (lowest..highest), and how many of the seeds it is of, if not all; - for none."""
-    if values is None:
+    """A spread in ``unit`` as text: mean (lowest..highest), and of how many seeds, if not of all; - for none."""
+    if values is None or np.isnan(unit):
         return "-"
     mean, low, high = (format(values[key] / unit, form) for key in ("mean", "min", "max"))
     band = "" if low == high else f" ({low}..{high})"
@@ -187,7 +176,7 @@ def table(summary: dict[str, Any]) -> pd.DataFrame:
     compute_unit, compute_suffix, _ = scale(summary, "compute")
 
     def share(key: str) -> tuple[str, float, str]:
-        return ".0%", (whole[key] or {}).get("mean", 1), ""
+        return ".0%", (whole[key] or {}).get("mean", np.nan), ""
 
     final = summary["metric"].removeprefix("metrics/")
     columns = {
@@ -221,13 +210,7 @@ def scale(summary: dict[str, Any], over: str) -> tuple[float, str, str]:
 
 
 def compare(arms: dict[str, list[Path]], teacher: Path | str | None, out: Path | str, metric: str = METRIC) -> None:
-    """Read runs, print their table, and write OUT.html, OUT.png, OUT.svg and OUT.json.
-
-    Args:
-        arms: As :func:`group` returns them.
-        teacher: The run that trained the teacher, if it is known.
-        out: Path without suffix.
-        metric: As in :func:`let_composer.logs.resolve_metric`. Default: the validation loss.
+    """Read runs as :func:`group` sorts them, print their table, and write OUT.html, OUT.png, OUT.svg and OUT.json.
 
     Raises:
         ValueError: If a run cannot be read or compared.
@@ -238,19 +221,13 @@ def compare(arms: dict[str, list[Path]], teacher: Path | str | None, out: Path |
     teacher_run = read_run(teacher, metric) if teacher else None
     summary = summarize(runs, teacher_run)
     write_pictures(runs, summary, out)
-    curves = {arm: [asdict(run) for run in of] for arm, of in runs.items()}
-    written = {**summary, "curves": curves, "teacher_curves": asdict(teacher_run) if teacher_run else None}
+    curves = {arm: [vars(run) for run in of] for arm, of in runs.items()}
+    written = {**summary, "curves": curves, "teacher_curves": vars(teacher_run) if teacher_run else None}
     with replacing(Path(f"{out}.json")) as partial:
-        partial.write_text(json.dumps(written, indent=1, default=_plain, allow_nan=False))
+        pd.Series(written).to_json(partial, indent=1, double_precision=15)
     print(f"{verdict(summary)}\n\n{table(summary).T.to_string()}\n")
     print("Several seeds: mean (lowest..highest). Training the teacher is not counted.")
     print(f"written: {out}.html .png .svg .json")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [float(each) if np.isfinite(each) else None for each in value]
-    return str(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

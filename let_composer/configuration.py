@@ -134,7 +134,7 @@ def read_methods(config: DictConfig) -> dict[str, "Options"]:
     given: Any = om.to_container(config.get("algorithms") or om.create(), resolve=True)
     methods = {"let": LET, "rkd": RKD, "salt": SALT}
     try:
-        return {name: methods[name](**given[name]).options for name in given if name in methods}
+        return {name: methods[name](**given[name]) for name in given if name in methods}
     except TypeError as error:
         raise ValueError(str(error)) from error
 

@@ -1,7 +1,7 @@
-"""What a step of student and teacher multiplies and keeps, counted on the meta device: no data, no weights, no GPU."""
+"""What a run multiplies and keeps, counted on the meta device: no data, no weights, no GPU."""
 
 import contextlib
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -15,15 +15,7 @@ from transformers import GPTNeoXConfig
 
 from let_composer.student import find_blocks, matmul_parameters
 
-__all__ = [
-    "StudentCount",
-    "TeacherCount",
-    "build_model",
-    "build_student",
-    "count_student",
-    "count_teacher",
-    "teacher_config",
-]
+__all__ = ["build_model", "build_student", "count_student", "count_teacher", "memory", "teacher_config"]
 
 # Of a configuration: what says that only a part of the weights multiplies a token, or that scans multiply beside them.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -33,40 +25,16 @@ PYTHIA = {"14m": (128, 6, 4), "31m": (256, 6, 8), "70m": (512, 6, 8), "160m": (7
 PYTHIA |= {"410m": (1024, 24, 16), "1b": (2048, 16, 8)}
 # Lets models run on the meta device, for which torch has no autocast.
 NO_AUTOCAST = mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+CHUNK = 1024  # tokens that distillation compares at a time
+NODE = 8  # GPUs over which a sharded teacher lies
+STATES = {"adam": 8, "lion": 4, "sgd": 4}  # bytes of the optimizer's state a parameter, in fp32
 
 
-@dataclass
-class StudentCount:
-    """The student; bytes are those of one microbatch in the type it computes in."""
-
-    parameters: int
-    trained: int  # of them; fewer with LoRA
-    flops: float  # of one token, forward and backward, without recomputation
-    block_flops: float  # of one token, forward, in the blocks alone: what activation checkpointing does again
-    largest_unit: int  # parameters that are gathered at a time: of a block, or of all that is outside of the blocks
-    activations: int  # kept for the backward pass
-    checkpointed_activations: int  # with every block recomputed
-
-
-@dataclass
-class TeacherCount:
-    """The teacher's body up to the layer that is used, and its head where logits are."""
-
-    parameters: int  # embeddings included
-    matmul_parameters: int
-    width: int
-    flops: float  # of one token, forward
-    largest_unit: int
-    activations: int  # the most that one block keeps at a time
-    logits: int  # of one token: rows of the head, 0 where it is not used
-
-
-def refuse_uncountable(config: Any, whose: str) -> None:
+def refuse_uncountable(config: dict[str, Any], whose: str) -> None:
     """Refuse a mixture of experts, and a model with state-space or linear-attention layers."""
-    entries = config if isinstance(config, dict) else config.to_dict()
-    ffn = str((entries.get("ffn_config") or {}).get("ffn_type", ""))
-    experts = [name for name in EXPERTS if (entries.get(name) or 0) > 1] + [ffn] * ("moe" in ffn)
-    scans = [name for name in SCANS if entries.get(name)]
+    ffn = str((config.get("ffn_config") or {}).get("ffn_type", ""))
+    experts = [name for name in EXPERTS if (config.get(name) or 0) > 1] + [ffn] * ("moe" in ffn)
+    scans = [name for name in SCANS if config.get(name)]
     for kind, found in (("a mixture of experts", experts), ("a hybrid or state-space model", scans)):
         if found:
             raise ValueError(f"{whose} is {kind} ({found[0]}): planning counts dense transformers alone.")
@@ -80,15 +48,12 @@ def build_student(config: DictConfig, dtype: torch.dtype) -> tuple[Any, bool]:
     """
     cfg = cast(dict[str, Any], om.to_container(config.model, resolve=True))
     refuse_uncountable(cfg, "the student")
-    attention = cfg.get("attn_config", {})
-    changes: dict[str, Any] = {"init_device": "meta"}
-    if cfg["name"] == "mpt_causal_lm":
-        changes |= {"attn_config": {**attention, "attn_impl": "torch"}, "loss_fn": "torch_crossentropy"}
-        if attention.get("rope_impl") == "dail":  # needs flash-attn; multiplies as much
-            changes["attn_config"]["rope_impl"] = "hf"
+    attn, changes = cfg.get("attn_config", {}), {"init_device": "meta"}
+    if cfg["name"] == "mpt_causal_lm":  # the torch twins of what needs flash-attn; they multiply as much
+        changes |= {"attn_config": attn | {"attn_impl": "torch", "rope_impl": "hf"}, "loss_fn": "torch_crossentropy"}
     model = build_model(config, changes)
-    refuse_uncountable(model.model.config, "the student")
-    return model.to(dtype), attention.get("attn_impl", "flash") == "flash"
+    refuse_uncountable(model.model.config.to_dict(), "the student")
+    return model.to(dtype), attn.get("attn_impl", "flash") == "flash"
 
 
 def build_model(config: DictConfig, changes: dict[str, Any]) -> Any:
@@ -112,9 +77,11 @@ def build_model(config: DictConfig, changes: dict[str, Any]) -> Any:
         raise ValueError(f"the student cannot be built from model: {error}") from error
 
 
-def count_student(model: nn.Module, batch: int, length: int, fused_attention: bool) -> StudentCount:
+def count_student(
+    model: nn.Module, batch: int, length: int, fused_attention: bool, checkpointing: bool = False
+) -> SimpleNamespace:
     """Count an llm-foundry model on the meta device, in the type it computes in, with a microbatch of so many sequences
-    of so many tokens; fused attention keeps no ``[S, S]`` matrices."""
+    of so many tokens; fused attention keeps no ``[S, S]`` matrices, checkpointing computes every block again."""
     path, blocks = find_blocks(model)
     # As the counter of FLOPs names the blocks; "" is outside of them.
     names = {f"{type(model).__name__}.{path}.{index}" for index in range(len(blocks))}
@@ -137,43 +104,43 @@ def count_student(model: nn.Module, batch: int, length: int, fused_attention: bo
         loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())  # the model's own looks at values
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    model.zero_grad(set_to_none=True)
-    in_blocks = sum(sum(forward.get_flop_counts()[name].values()) for name in names)
-    # The trainer holds the logits until the backward pass is over, and there is their gradient.
-    head = 2 * logits.numel() * logits.element_size()
-    sizes = {name: sum(storages.values()) for name, storages in kept.items()}
-    width = next(each.embedding_dim for each in model.modules() if isinstance(each, nn.Embedding))
-    inputs = len(blocks) * ids.numel() * width * logits.element_size()
+    outside, *in_blocks = (sum(storages.values()) for storages in kept.values())
+    activations, again = sum(in_blocks), 0
+    if checkpointing:  # the inputs of all blocks, and one that is computed again
+        width = next(each.embedding_dim for each in model.modules() if isinstance(each, nn.Embedding))
+        activations = len(blocks) * ids.numel() * width * logits.element_size() + max(in_blocks)
+        again = sum(sum(forward.get_flop_counts()[name].values()) for name in names)
     parameters = sum(p.numel() for p in model.parameters())
-    return StudentCount(
+    return SimpleNamespace(
         parameters=parameters,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        flops=(forward.get_total_flops() + backward.get_total_flops()) / ids.numel(),
-        block_flops=in_blocks / ids.numel(),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),  # fewer with LoRA
+        flops=(forward.get_total_flops() + backward.get_total_flops()) / ids.numel(),  # of one token
+        recomputed_flops=again / ids.numel(),  # of one token, beside them
         largest_unit=_largest_unit(blocks, parameters),
-        activations=sum(sizes.values()) + head,
-        checkpointed_activations=inputs + max(sizes[name] for name in names) + sizes[""] + head,
+        # Bytes. The trainer holds the logits until the backward pass is over, and there is their gradient.
+        activations=outside + activations + 2 * logits.nbytes,
     )
 
 
 def _largest_unit(blocks: nn.ModuleList, parameters: int) -> int:
+    """Parameters that FSDP gathers at a time: of a block, or of all that is outside of the blocks."""
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
     return max(*in_blocks, parameters - sum(in_blocks))
 
 
-def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> TeacherCount:
+def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> SimpleNamespace:
     """Count a teacher of :func:`let_composer.teacher.build_body`, and its head, as large as its embeddings, for so many
     ``projected`` tokens of a microbatch."""
-    refuse_uncountable(body.config, "the teacher")
+    refuse_uncountable(body.config.to_dict(), "the teacher")
     blocks = find_blocks(body)[1]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    sizes = [0]
+    kept: list[int] = []
 
-    def add(module: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            sizes[0] += output.numel() * output.element_size()
+            kept.append(output.nbytes)
 
-    handles = [module.register_forward_hook(add) for module in blocks[0].modules() if not list(module.children())]
+    handles = [module.register_forward_hook(keep) for module in blocks[0].modules() if not list(module.children())]
     with NO_AUTOCAST, torch.no_grad(), FlopCounterMode(display=False) as flops:
         width = body(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
     for handle in handles:
@@ -181,14 +148,14 @@ def count_teacher(body: Any, batch: int, length: int, projected: int = 0) -> Tea
     parameters = sum(p.numel() for p in body.parameters())
     table = body.get_input_embeddings().weight
     head = table.numel() if projected else 0
-    return TeacherCount(
-        parameters=parameters + head,
+    return SimpleNamespace(
+        parameters=parameters + head,  # embeddings included
         matmul_parameters=matmul_parameters(body),
         width=width,
-        flops=flops.get_total_flops() / ids.numel() + 2 * head * projected / ids.numel(),
+        flops=(flops.get_total_flops() + 2 * head * projected) / ids.numel(),  # of one token, forward
         largest_unit=_largest_unit(blocks, parameters),
-        activations=sizes[0],
-        logits=table.shape[0] if projected else 0,
+        activations=sum(kept),  # the most that one block keeps at a time
+        logits=table.shape[0] if projected else 0,  # of one token
     )
 
 
@@ -199,3 +166,46 @@ def teacher_config(name: str) -> str | GPTNeoXConfig:
         return name
     width, blocks, heads = PYTHIA[size]
     return GPTNeoXConfig(50304, width, blocks, heads, intermediate_size=4 * width)
+
+
+def memory(
+    config: DictConfig,
+    methods: dict[str, Any],
+    gpus: int,
+    student: SimpleNamespace,
+    teacher: SimpleNamespace | None,
+    tokens: int,
+    element: int,
+) -> dict[str, float]:
+    """GiB on a GPU by part, with ``tokens`` in the microbatch that was counted, and numbers of ``element`` bytes.
+
+    Raises:
+        ValueError: For a sharding strategy or an optimizer that is not known here.
+    """
+    fsdp = config.get("fsdp_config") or {}
+    strategy = str(fsdp.get("sharding_strategy", "FULL_SHARD")).upper() if fsdp else "NO_SHARD"
+    if strategy not in ("FULL_SHARD", "NO_SHARD"):
+        raise ValueError(f"planning knows sharding_strategy FULL_SHARD and NO_SHARD, got {strategy}.")
+    optimizer = str(config.optimizer.name)
+    states = [size for part, size in STATES.items() if part in optimizer]
+    if not states:
+        raise ValueError(f"planning knows optimizers of the kinds {', '.join(STATES)}, got {optimizer!r}.")
+    shards = gpus if strategy == "FULL_SHARD" else 1
+    parts = {
+        "weights": 4 * student.parameters / shards,
+        "gradients": 4 * student.trained / shards,
+        "optimizer": states[0] * student.trained / shards,
+        # Two units in the computing type, one ahead, and the gradient of one.
+        "gathered": 3 * element * student.largest_unit if shards > 1 else element * student.parameters * (element < 4),
+        "activations": student.activations,
+    }
+    if teacher:
+        held = teacher.parameters
+        if gpus > 1 and any(options.teacher_arguments()["placement"] == "shard" for options in methods.values()):
+            held = held / min(gpus, NODE) + 2 * teacher.largest_unit
+        parts["teacher"] = element * (held + tokens * teacher.width) + teacher.activations
+        # LET's sample of logits is gone before the backward pass, whose gradient of the logits takes more. Distillation
+        # has there one more such gradient; before, a chunk of both models' logits, in this type and twice in fp32.
+        if methods.keys() - {"let"}:
+            parts["distillation"] = teacher.logits * max(tokens * element, 2 * min(tokens, CHUNK) * (element + 8))
+    return {part: size / 2**30 for part, size in parts.items()}

@@ -4,24 +4,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from composer.core import State
-from torch import Tensor, nn
+from torch import Tensor
 
 from let_composer.annealing import Anneal
 from let_composer.balance import RunningMean, stacking_weight
 from let_composer.guidance import Guidance
 from let_composer.loss.distillation import compare_logits
-from let_composer.names import refuse_unknown
 from let_composer.objective import language_model_loss, logits_of
-from let_composer.options import RKDOptions
+from let_composer.options import require_type
 
 __all__ = ["RKD", "SALT"]
 
 _NOTHING_LEFT = 0.05  # of the teacher's share
 
 
-class RKD(Guidance[RKDOptions]):
+@dataclasses.dataclass(eq=False)
+class RKD(Guidance):
     """Reverse knowledge distillation, the paper's first baseline: the small teacher's logits, for the whole run.
 
     ``loss = (1 - weight(t)) * student's loss + weight(t) * KL(teacher || student)``
@@ -30,9 +29,6 @@ class RKD(Guidance[RKDOptions]):
     in any order, both terms join with the student's own loss, and a teacher that both name is loaded and run once. What
     a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. Needs no
     block of the student. The paper's weight and temperature are not on record.
-
-    Logs what :class:`LET` logs at the start of a batch, ``kd/loss`` and ``kd/lm_loss``, and ``kd/teacher_share``: the
-    share of the teacher in the mixture of both models that predicts the batch's labels best.
 
     Args:
         teacher: As in :class:`LET`.
@@ -52,31 +48,30 @@ class RKD(Guidance[RKDOptions]):
 
     prefix = "kd"
 
-    def __init__(
-        self,
-        teacher: str = "EleutherAI/pythia-160m",
-        weight: float | Literal["auto"] = "auto",
-        temperature: float = 1.0,
-        stop: str = "1dur",
-        anneal: Anneal = "constant",
-        trust_remote_code: bool = False,
-        **unknown: Any,
-    ) -> None:
-        refuse_unknown(type(self).__name__, unknown, [field.name for field in dataclasses.fields(RKDOptions)])
-        super().__init__(
-            RKDOptions(
-                teacher=teacher,
-                weight=weight,
-                temperature=temperature,
-                stop=stop,
-                anneal=anneal,
-                trust_remote_code=trust_remote_code,
-            )
-        )
+    teacher: str = "EleutherAI/pythia-160m"
+    weight: float | Literal["auto"] = "auto"
+    temperature: float = 1.0
+    stop: str = "1dur"
+    anneal: Anneal = "constant"
+    trust_remote_code: bool = False
 
-    def attach(self, model: nn.Module, device: torch.device) -> str:
-        """Nothing is needed but the outputs."""
-        return "logits"
+    def check(self) -> None:
+        """Refuse options of another type or out of range."""
+        super().check()
+        require_type("temperature", self.temperature, (int, float), "a number")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and greater than 0, got {self.temperature}.")
+        if self.weight == "auto" and self.temperature != 1:
+            raise ValueError(
+                f"with weight: auto, the default, the temperature must be 1, got {self.temperature}. Leave it out, or "
+                "give a number as the weight."
+            )
+        if self.weight != "auto" and self.weight > 1:
+            raise ValueError(f"weight is the share of the distillation term, from 0 to 1, got {self.weight}.")
+
+    def projected(self, length: int) -> int:
+        """All of them."""
+        return length
 
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
         """The mean KL divergence from the teacher's distribution."""
@@ -87,9 +82,9 @@ class RKD(Guidance[RKDOptions]):
             mask,
             state.batch["labels"].roll(-1, dims=1),
             self._teacher.project,
-            self.options.temperature,
+            self.temperature,
         )
-        self._sums.add(counts=counts)
+        self.add(counts=counts)
         return term
 
     def restart(self) -> None:
@@ -97,54 +92,41 @@ class RKD(Guidance[RKDOptions]):
         super().restart()
         self._share = RunningMean()
 
-    def strength(self) -> float:
-        """The weight before annealing."""
-        if self.options.weight != "auto":
-            return self.options.weight
+    def automatic_weight(self) -> float:
+        """The teacher's share in the best mixture, a half until it is known."""
         return 0.5 if self._share.value is None else self._share.value
 
-    def report(self, sums: Mapping[str, Tensor], weight: float) -> dict[str, float]:
+    def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The teacher's share in the best mixture; with ``weight: auto`` it ends the guidance when it is small."""
         self._share.update(share := stacking_weight(sums["counts"]))
-        if self.options.weight == "auto" and self._share.settled and self.strength() < _NOTHING_LEFT:
-            running = self.strength()
+        running = self.automatic_weight()
+        if self.weight == "auto" and self._share.settled and running < _NOTHING_LEFT:
             self.ends_early = f"the teacher's share in the best mixture of both models has fallen to {running:.3f}"
         return {"teacher_share": share}
 
     def saved(self) -> dict[str, Any]:
         """The running share."""
-        return {"share": self._share.state()}
+        return {"share": [self._share.value, self._share.batches]}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running share."""
-        self._share.restore(saved["share"])
+        self._share = RunningMean(*saved["share"])
 
-    def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
+    def joined(self, term: Tensor, loss: Any) -> Tensor:
         """Takes the weight from the student's own term."""
-        return weight * (term - language_model_loss(loss))
+        return term - language_model_loss(loss)
 
 
+@dataclasses.dataclass(eq=False)
 class SALT(RKD):
     """Small model aided large model training (`arXiv 2410.18779 <https://arxiv.org/abs/2410.18779>`_), the paper's
     second baseline: :class:`RKD` in the early part of training, then plain training. Without its selection of data.
 
     Args:
-        teacher: As in :class:`RKD`.
         weight: As in :class:`RKD`. On one seed ``"auto"`` ended 0.012 nats behind the best number tried, 0.9.
-        temperature: As in :class:`RKD`.
-        stop: As in :class:`RKD`. Default: ``"0.5dur"``, as for :class:`LET`.
-        anneal: As in :class:`RKD`. Default: ``"linear"``, as for :class:`LET`.
-        trust_remote_code: As in :class:`RKD`.
+        stop: Default: ``"0.5dur"``, as for :class:`LET`.
+        anneal: Default: ``"linear"``, as for :class:`LET`.
     """
 
-    def __init__(
-        self,
-        teacher: str = "EleutherAI/pythia-160m",
-        weight: float | Literal["auto"] = "auto",
-        temperature: float = 1.0,
-        stop: str = "0.5dur",
-        anneal: Anneal = "linear",
-        trust_remote_code: bool = False,
-        **unknown: Any,
-    ) -> None:
-        super().__init__(teacher, weight, temperature, stop, anneal, trust_remote_code, **unknown)
+    stop: str = "0.5dur"
+    anneal: Anneal = "linear"

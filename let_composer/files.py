@@ -27,4 +27,4 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is whole or not there."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n")
+        partial.write_text(json.dumps(value, indent=1, default=vars) + "\n")

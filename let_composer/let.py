@@ -1,6 +1,7 @@
 """LET: a small teacher's late hidden states guide an early layer of the student."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,17 +13,21 @@ from let_composer.annealing import Anneal
 from let_composer.balance import GradientRatio, RunningMean, lead_share, lead_sum, measured, sampled
 from let_composer.guidance import Guidance
 from let_composer.loss import Implementation, Resize, alignment, target_sum
-from let_composer.names import refuse_unknown
 from let_composer.objective import logits_of
-from let_composer.options import LETOptions
+from let_composer.options import require_type
 from let_composer.statistics import FeatureStatistics, Normalize
 from let_composer.student import Capture, resolve_layer
 from let_composer.teacher import Placement
 
 __all__ = ["LET"]
 
+log = logging.getLogger(__name__)
 
-class LET(Guidance[LETOptions]):
+_LOW = 0.9  # of let/usable
+
+
+@dataclasses.dataclass(eq=False)
+class LET(Guidance):
     """Late-to-Early Training (`arXiv 2602.05393 <https://arxiv.org/abs/2602.05393>`_): for the first part of the run, a
     small frozen teacher's late hidden states guide an early layer of the student.
 
@@ -31,16 +36,12 @@ class LET(Guidance[LETOptions]):
     Runs on ``Event.AFTER_LOAD`` (find the block, load the teacher), ``BATCH_START`` (weight), ``BEFORE_FORWARD`` and
     ``AFTER_FORWARD`` (capture, run the teacher), ``AFTER_LOSS`` (add the term) and ``BATCH_END`` (metrics; when the
     weight has reached zero, free the teacher). After that nothing runs, unless ``FIT_START`` finds that the clock was
-    reset: then the guidance starts anew. With ``weight: 0`` no event is matched at all. A guided step costs the
-    teacher's forward. It adds no synchronisation with the host before ``BATCH_END``, where Composer
-    has had one already, but for teachers that :mod:`let_composer.teacher` names.
+    reset: then the guidance starts anew. With ``weight: 0`` no event is matched at all. It adds no synchronisation with
+    the host before ``BATCH_END``, where Composer has had one already, but for teachers that :mod:`let_composer.teacher`
+    names.
 
-    The constructor's arguments are the keys of ``algorithms.let`` in an llm-foundry YAML. Teacher and student must
-    share token ids. Where the student keeps packed documents apart (``attn_uses_sequence_id``), so does the teacher.
-
-    Runs with DDP, FSDP1 and FSDP2, with activation checkpointing, microbatching and torch.compile; refuses tensor
-    parallelism. Every rank must have the same teacher, which is checked. One LET guides one pair of layers; a second
-    one in the same run is refused. Beside :class:`RKD` both terms join with the student's own loss, in any order.
+    The fields are the keys of ``algorithms.let`` in an llm-foundry YAML. let_composer/README.md has what it costs, logs
+    and works with. Teacher and student must share token ids. A second LET in the same run is refused.
 
     Args:
         teacher: A causal decoder: hub id, with ``@revision`` if need be, local folder in the Hugging Face format, or
@@ -76,9 +77,6 @@ class LET(Guidance[LETOptions]):
             ``"auto"``.
         trust_remote_code: Whether code that comes with the teacher may run. Default: ``False``.
 
-    Logs under ``let/``, exact over microbatches and ranks, what the table "Metrics" of let_composer/README.md explains:
-    weight, ``active`` and the teacher's share of the FLOPs at the start of a batch, means over tokens at its end.
-
     Raises:
         TypeError: For an argument of another type.
         ValueError: For an unknown argument or a value out of range; at ``AFTER_LOAD`` or ``FIT_START`` for one that
@@ -87,93 +85,91 @@ class LET(Guidance[LETOptions]):
 
     prefix = "let"
 
-    def __init__(
-        self,
-        teacher: str = "EleutherAI/pythia-160m",
-        student_layer: int | str = 3,
-        teacher_layer: int = -1,
-        weight: float | Literal["auto"] = "auto",
-        stop: str = "0.5dur",
-        anneal: Anneal = "linear",
-        resize: Resize = "student",
-        normalize_teacher: Normalize = "none",
-        placement: Placement = "replicate",
-        implementation: Implementation = "auto",
-        trust_remote_code: bool = False,
-        **unknown: Any,
-    ) -> None:
-        refuse_unknown(type(self).__name__, unknown, [field.name for field in dataclasses.fields(LETOptions)])
+    teacher: str = "EleutherAI/pythia-160m"
+    student_layer: int | str = 3
+    teacher_layer: int = -1
+    weight: float | Literal["auto"] = "auto"
+    stop: str = "0.5dur"
+    anneal: Anneal = "linear"
+    resize: Resize = "student"
+    normalize_teacher: Normalize = "none"
+    placement: Placement = "replicate"
+    implementation: Implementation = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
         self._capture: Capture | None = None
         self._sinks: list[Tensor] = []
-        super().__init__(
-            LETOptions(
-                teacher=teacher,
-                student_layer=student_layer,
-                teacher_layer=teacher_layer,
-                weight=weight,
-                stop=stop,
-                anneal=anneal,
-                resize=resize,
-                normalize_teacher=normalize_teacher,
-                placement=placement,
-                implementation=implementation,
-                trust_remote_code=trust_remote_code,
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuse options of another type or out of range."""
+        super().check()
+        require_type("student_layer", self.student_layer, (int, str), "a number of blocks or a dotted path")
+        require_type("teacher_layer", self.teacher_layer, int, "a number of blocks")
+        if self.student_layer == 0 or self.teacher_layer == 0:
+            raise ValueError(
+                "student_layer and teacher_layer count the blocks passed, from 1; 0 would be the embeddings, which see "
+                "no context."
             )
-        )
+        if self.weight == "auto" and self.teacher_layer != -1:
+            raise ValueError(
+                "weight: auto compares the teacher's predictions with the student's, so it needs the teacher's last "
+                f"layer. Got teacher_layer {self.teacher_layer}: leave it out, or give a number as the weight."
+            )
+
+    def projected(self, length: int) -> int:
+        """A sample, to know the teacher's lead, where the weight sets itself."""
+        return len(range(length)[sampled(length)]) if self.weight == "auto" else 0
 
     def restart(self) -> None:
         """Forget the running statistics: a run starts."""
         super().restart()
         self._had_gradient = False
-        self._statistics = FeatureStatistics(self.options.normalize_teacher)
+        self._warned = False
+        self._statistics = FeatureStatistics(self.normalize_teacher)
         self._balance = GradientRatio()
         self._lead = RunningMean()
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
         """Find the guided block and listen to its output; returns its dotted path."""
-        path, block = resolve_layer(model, self.options.student_layer)
+        path, block = resolve_layer(model, self.student_layer)
         if _frozen_up_to(model, block):
             raise ValueError(
-                f"expected something to train up to {path} (student_layer {self.options.student_layer}), but all "
+                f"expected something to train up to {path} (student_layer {self.student_layer}), but all "
                 "parameters there are frozen: the guidance would change nothing. Unfreeze them, choose a later layer, "
                 "or remove LET."
             )
         example = torch.zeros(1, 8, device=device)
-        alignment(example, example, implementation=self.options.implementation)  # says now if it cannot run here
+        alignment(example, example, implementation=self.implementation)  # says now if it cannot run here
         self._capture = Capture(block)
         # Of the student's loss and of the weighted term: their gradients are squared norms at the guided block.
         self._sinks = [torch.zeros((), device=device, requires_grad=True) for _ in range(2)]
         return path
 
-    def detach(self) -> None:
-        """Take the hook off the student and forget the batch."""
-        super().detach()
+    def release(self) -> None:
+        """Take the hook off the student, too."""
+        super().release()
         if self._capture is not None:
             self._capture.remove()
         self._capture = None
+
+    def drop_batch(self) -> None:
+        """Forget the batch, the hidden states captured and the gradients seen in it."""
+        super().drop_batch()
+        if self._capture is not None:
+            self._capture.clear()
+        for sink in self._sinks:
+            sink.grad = None
 
     def arm(self) -> None:
         """Listen to the forward that begins."""
         assert self._capture is not None
         self._capture.arm(self._sinks[0])
 
-    def strength(self) -> float:
-        """The weight before annealing."""
-        if self.options.weight != "auto":
-            return self.options.weight
+    def automatic_weight(self) -> float:
+        """At which both gradients are equal, less as the teacher's lead shrinks."""
         return lead_share(self._lead.value) * self._balance.weight
-
-    def drop_batch(self) -> None:
-        """Forget the batch, and the gradients seen in it."""
-        super().drop_batch()
-        for sink in self._sinks:
-            sink.grad = None
-
-    def drop_microbatch(self) -> None:
-        """Forget the microbatch, and its captured hidden states."""
-        super().drop_microbatch()
-        if self._capture is not None:
-            self._capture.clear()
 
     def term(self, state: State, states: Tensor, mask: Tensor) -> Tensor:
         """The mean negative cosine between the guided block's output and the teacher's states."""
@@ -181,68 +177,69 @@ class LET(Guidance[LETOptions]):
         student = self._capture.take()
         self._require_gradient(student)
         mean, std = self._statistics.mean_and_std(states.device)
-        resize, implementation = self.options.resize, self.options.implementation
+        resize, implementation = self.resize, self.implementation
         found = alignment(measured(student, self._sinks[1]), states, mask, mean, std, resize, implementation)
         width = (student if resize == "teacher" else states).shape[-1]
-        self._sums.add(
+        self.add(
             usable=found.usable,
             targets=target_sum(states, found.inverse_norm, width, mean, std),
             features=self._statistics.sums(states, mask),
         )
-        if self.options.weight == "auto":
+        if self.weight == "auto":
             assert self._teacher is not None
             chosen = sampled(mask.shape[1])
             logits = logits_of(state.outputs)[:, chosen].detach(), self._teacher.project(states[:, chosen])
             targets = state.batch["labels"].roll(-1, dims=1)
-            self._sums.add(lead=lead_sum(*logits, targets[:, chosen], mask[:, chosen]))
+            self.add(lead=lead_sum(*logits, targets[:, chosen], mask[:, chosen]))
         return found.loss
 
-    def joined(self, term: Tensor, weight: float, loss: Any) -> Tensor:
-        """Adds to the loss."""
-        return weight * term
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Squared norms at the guided block, of the gradients of the student's loss and of the weighted term."""
+    def sums(self) -> dict[str, Tensor]:
+        """Those of a batch, and now that they are known the squared norms of both gradients at the guided block."""
         norms = [sink.new_zeros(()) if sink.grad is None else sink.grad for sink in self._sinks]
-        return {"gradients": torch.stack(norms)}
+        self.add(gradients=torch.stack(norms))
+        return super().sums()
 
-    def report(self, sums: Mapping[str, Tensor], weight: float) -> dict[str, float]:
+    def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The cosine, what a constant would score, the share of tokens with a direction, and the gradients' ratio."""
         self._statistics.update(sums["features"])
         tokens = float(sums["tokens"])
         model, term = sums["gradients"].sqrt().tolist()
-        if weight:
-            self._balance.update(model, term / weight)
-        lead = self._learn_lead(*sums["lead"].tolist()) if self.options.weight == "auto" else {}
-        return {
-            **lead,
+        if self.weight_now:
+            self._balance.update(model, term / self.weight_now)
+        usable = float(sums["usable"]) / tokens if tokens else 1.0
+        if usable < _LOW and not self._warned:
+            self._warned = True
+            log.warning(
+                f"let/usable is {usable:.2f}: only that share of the tokens has hidden states with a direction, in "
+                "student and teacher. The others are zero or not finite and pass no gradient. Are both models sound?"
+            )
+        metrics = {
             "cosine": -float(sums["loss"]) / max(tokens, 1.0),
             "constant_cosine": float(torch.linalg.vector_norm(sums["targets"])) / max(tokens, 1.0),
-            "usable": float(sums["usable"]) / tokens if tokens else 1.0,
+            "usable": usable,
             "gradient_ratio": term / model if model else 0.0,
         }
+        nats, sample = sums["lead"].tolist() if self.weight == "auto" else (0.0, 0.0)
+        if sample:
+            self._lead.update(nats / sample)
+            metrics["lead"] = nats / sample
+            if self._lead.settled and lead_share(self._lead.value) == 0:
+                self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
+        return metrics
 
     def saved(self) -> dict[str, Any]:
         """The running statistics and norms."""
         return {
             "statistics": self._statistics.state_dict(),
             "norms": self._balance.norms,
-            "lead": self._lead.state(),
+            "lead": [self._lead.value, self._lead.batches],
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over the running statistics and norms."""
         self._statistics.load_state_dict(saved["statistics"])
         self._balance.norms = saved["norms"]
-        self._lead.restore(saved["lead"])
-
-    def _learn_lead(self, nats: float, tokens: float) -> dict[str, float]:
-        if not tokens:
-            return {}
-        self._lead.update(lead := nats / tokens)
-        if self._lead.settled and lead_share(self._lead.value) == 0:
-            self.ends_early = "the student predicts as well as the teacher, which has nothing left to give"
-        return {"lead": lead}
+        self._lead = RunningMean(*saved["lead"])
 
     def _require_gradient(self, student: Tensor) -> None:
         if student.requires_grad:
@@ -251,7 +248,7 @@ class LET(Guidance[LETOptions]):
             self.ends_early = "everything up to the guided block is frozen now, so there is nothing left to guide"
         else:
             raise RuntimeError(
-                f"expected the hidden states of student_layer {self.options.student_layer} to carry a gradient, but "
+                f"expected the hidden states of student_layer {self.student_layer} to carry a gradient, but "
                 "they come out without one, as from re-entrant checkpointing of the model's own "
                 "(gradient_checkpointing_enable). Use Composer's activation checkpointing, or use_reentrant: false."
             )

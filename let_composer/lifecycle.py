@@ -4,11 +4,10 @@ Only this room, guidance.py, and let.py and distillation.py, which build on them
 """
 
 import dataclasses
-import enum
 import gc
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from composer import Callback
@@ -24,77 +23,49 @@ from let_composer.student import matmul_parameters
 from let_composer.teacher import Teacher, load_teacher
 from let_composer.vocabulary import student_vocabulary
 
-__all__ = ["Lifecycle", "Phase"]
+__all__ = ["Lifecycle"]
 
 log = logging.getLogger(__name__)
 
-OptionsT = TypeVar("OptionsT", bound=Options)
+# Options that may differ in a resumed run; of the teacher, the weights are compared instead.
+_MAY_DIFFER = {"teacher", "placement", "implementation", "trust_remote_code"}
 
-
-class Phase(enum.Enum):
-    """Where a guidance stands.
-
-    ``INIT`` leads back to WAITING when the instance is given to another Trainer, ``FIT_START`` from ENDED to GUIDING
-    when the clock was reset.
-    """
-
-    OFF = "off"  # weight 0, for good
-    WAITING = "waiting"  # for a run to guide
-    GUIDING = "guiding"
-    ENDED = "ended"
-
-
-_BETWEEN_RUNS = frozenset({Event.INIT, Event.FIT_START})
-_EVENTS = {
-    Phase.OFF: frozenset(),
-    Phase.WAITING: _BETWEEN_RUNS | {Event.AFTER_LOAD},
-    Phase.GUIDING: _BETWEEN_RUNS
-    | {
-        Event.BATCH_START,
-        Event.BEFORE_TRAIN_BATCH,
-        Event.BEFORE_FORWARD,
-        Event.AFTER_FORWARD,
-        Event.AFTER_LOSS,
-        Event.BATCH_END,
-    },
-    Phase.ENDED: _BETWEEN_RUNS,
+_BETWEEN_RUNS = {Event.INIT, Event.AFTER_LOAD, Event.FIT_START}
+_WITH_A_TEACHER = _BETWEEN_RUNS | {
+    Event.BATCH_START,
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.AFTER_LOSS,
+    Event.BATCH_END,
 }
 
 
-class Lifecycle(Algorithm, Generic[OptionsT]):
-    """One explicit phase, the teacher that lives as long as GUIDING, and what a checkpoint keeps of both."""
+class Lifecycle(Options, Algorithm):
+    """The teacher, which is there as long as the run is guided, and what a checkpoint keeps. With weight 0 there never
+    is one. It may come back after the end: in another Trainer, or where the clock was reset.
+    """
 
     prefix: ClassVar[str]  # of metrics and hyperparameters
 
-    def __init__(self, options: OptionsT) -> None:
-        self.options = options
-        values = ", ".join(f"{key}={value!r}" for key, value in dataclasses.asdict(options).items())
-        self._repr = f"{type(self).__name__}({values})"
+    def __post_init__(self) -> None:
+        self.check()
         self._teacher: Teacher | None = None
         self._closing: _Closing | None = None
         self._reset()
-        if self.phase is Phase.OFF:
-            _say("%s has weight 0: the run is not guided.", type(self).__name__)
-
-    def __repr__(self) -> str:  # the engine evaluates it for every event
-        return self._repr
+        if self.off:
+            _say(f"{type(self).__name__} has weight 0: the run is not guided.")
 
     @property
     def guiding(self) -> bool:
         """Whether the teacher is loaded and runs in every training forward."""
-        return self.phase is Phase.GUIDING
+        return self._teacher is not None
 
     # ---- what a method brings ----
 
     def attach(self, model: nn.Module, device: torch.device) -> str:
-        """Find what is needed of the student, before the teacher is loaded; returns what is guided, in words."""
-        raise NotImplementedError
-
-    def check_teacher(self, teacher: Teacher, model: nn.Module) -> None:
-        """Refuse a teacher that does not fit the student."""
-
-    def detach(self) -> None:
-        """Let go of the student and of what was kept of a batch. Called as often as may be."""
+        """Find what is needed of the student besides its outputs; returns what is guided, in words."""
+        return "logits"
 
     def restart(self) -> None:
         """Forget what was learnt on the way: a run starts."""
@@ -106,18 +77,14 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over what :meth:`saved` returned, from a run with the same teacher."""
 
-    def batch_event(self, event: Event, state: State, logger: Logger) -> None:
-        """An event of a guided batch."""
-        raise NotImplementedError
-
     # ---- events ----
 
     def match(self, event: Event, state: State) -> bool:
         """Whether there is anything to do: never with ``weight: 0``, hardly ever once the teacher is gone."""
-        return event in _EVENTS[self.phase]
+        return not self.off and event in (_WITH_A_TEACHER if self.guiding else _BETWEEN_RUNS)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """One event of the life cycle; see :class:`let_composer.LET` for which does what."""
+        """One event; see :class:`let_composer.LET` for which does what."""
         if event == Event.INIT:
             self._end(state)  # if this instance served another Trainer before
             self._reset()
@@ -128,14 +95,12 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
                 self._begin(state, logger, starts=False)
         elif event == Event.FIT_START:
             self._begin(state, logger, starts=True)
-        else:
-            self.batch_event(event, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain Python values."""
         return {
             **super().state_dict(),
-            "options": dataclasses.asdict(self.options),
+            "options": dataclasses.asdict(self),
             "fingerprint": self._fingerprint,
             "end": None if self.schedule.end is None else self.schedule.end.to_timestring(),
             "batch": self.schedule.batch,
@@ -144,13 +109,15 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the end of the guidance; say where the checkpoint was made with other options."""
-        if self.phase is Phase.OFF or "options" not in state:
+        if self.off or "options" not in state:
             return
-        for key, (theirs, ours) in self.options.differences(state["options"]).items():
-            log.warning(
-                "the checkpoint was made with %s.%s: %r, this run goes on with %r.", self.prefix, key, theirs, ours
-            )
-        if state["end"] and state["options"]["stop"] == self.options.stop:
+        old = state["options"]
+        for key, new in dataclasses.asdict(self).items():
+            if key not in _MAY_DIFFER and old.get(key, new) != new:
+                log.warning(
+                    f"the checkpoint was made with {self.prefix}.{key}: {old[key]!r}, this run goes on with {new!r}."
+                )
+        if state["end"] and old["stop"] == self.stop:
             self.schedule.end = Time.from_timestring(state["end"])
         self.schedule.batch = state["batch"]
         self._fingerprint = state["fingerprint"]
@@ -159,11 +126,8 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
     # ---- beginning ----
 
     def _reset(self) -> None:
-        self.phase = Phase.OFF if self.options.off else Phase.WAITING
-        self.schedule = Schedule(self.options.stop, self.options.anneal)
-        self.student_parameters = 0
+        self.schedule = Schedule(self.stop, self.anneal)
         self.others: list[Lifecycle] = []  # guidances of the same run
-        self.sharing: list[Lifecycle] = []  # those with this very teacher
         self._fingerprint: str | None = None
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state, until the teacher is known
         self.restart()
@@ -180,7 +144,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Guide from here on or not, as the clock says; ``starts`` when training starts right after."""
         reset = self.schedule.notice(state.timestamp.batch.value)
         if reset:  # Composer: algorithms then start from the beginning
-            _say("the clock was reset: %s starts anew.", type(self).__name__)
+            _say(f"the clock was reset: {type(self).__name__} starts anew.")
             self._loaded = None
             self.restart()
         if state.max_duration is not None:
@@ -193,9 +157,8 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         if self.schedule.over(state.timestamp):
             if self.guiding:
                 self.retire(state, logger)
-            elif self.phase is Phase.WAITING:
-                _say("%s ended at %s: the teacher is not loaded.", type(self).__name__, self.schedule)
-                self.phase = Phase.ENDED
+            elif starts:
+                _say(f"{type(self).__name__} ended at {self.schedule}: the teacher is not loaded.")
             return
         self._check_parallelism(state)
         if not self.guiding:
@@ -203,7 +166,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
             if reset:
                 torch.compiler.reset()  # what was compiled without the hook would never call it
         if starts:
-            _say("%s guides until %s.", type(self).__name__, self.schedule)
+            _say(f"{type(self).__name__} guides until {self.schedule}.")
             logger.log_hyperparameters({f"{self.prefix}/stop": str(self.schedule)})
 
     def _check_parallelism(self, state: State) -> None:
@@ -213,7 +176,7 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
                 "what is compared with the teacher. Leave out parallelism_config['tp'] (tp_config in llm-foundry); "
                 "FSDP shards the student as well."
             )
-        if self.options.teacher_arguments()["placement"] != "shard":
+        if self.placement != "shard":
             return
         if dist.get_local_world_size() == 1:
             raise ValueError(
@@ -234,50 +197,44 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         try:
             with torch.random.fork_rng(devices=[]):
                 self._teacher = self._find_teacher(model, device)
-            self.check_teacher(self._teacher, model)
+            self._separates, length = _documents(model)
+            if self._separates:
+                self._teacher.require_separation(length)
         except BaseException:
             self.release()
             raise
         self._take_over(self._teacher.fingerprint)
-        self.phase = Phase.GUIDING
         self._closing = _Closing(self)
         state.callbacks.append(self._closing)
         size = self._teacher.parameters
-        facts = {"teacher": self.options.teacher, "teacher_parameters": size, "student_module": guided}
+        facts = {"teacher": self.teacher, "teacher_parameters": size, "student_module": guided}
         logger.log_hyperparameters({f"{self.prefix}/{name}": value for name, value in facts.items()})
-        _say("%s: a teacher of %.1fM parameters, embeddings apart, for %s; %r", self.prefix, size / 1e6, guided, self)
+        found = f"a teacher of {size / 1e6:.1f}M parameters, embeddings apart, for {guided}"
+        _say(f"{self.prefix}: {found}; {self!r}")
 
     def _find_teacher(self, model: nn.Module, device: torch.device) -> Teacher:
         """The teacher of another guidance of this run where it is the same; else a new one."""
-        same = [o for o in self.others if o.phase is not Phase.OFF and o.options.same_teacher(self.options)]
+        same = [o for o in self.others if not o.off and o.same_teacher(self)]
         for other in same:
             if other._teacher is not None:
-                self.sharing = [*other.sharing, other]
-                for member in self.sharing:
-                    member.sharing = [*member.sharing, self]
                 return other._teacher
         return load_teacher(
-            self.options.teacher,
+            self.teacher,
             student_vocabulary(model),
-            head=any(method.options.projected(1) for method in (self, *same)),
+            head=any(method.projected(1) for method in (self, *same)),
             device=device,
-            **self.options.teacher_arguments(),
+            **self.teacher_arguments(),
         )
 
     def _take_over(self, fingerprint: str) -> None:
         loaded, self._loaded, self._fingerprint = self._loaded, None, fingerprint
-        if loaded is None:
-            return
-        if loaded["fingerprint"] in (None, fingerprint):
+        if loaded and loaded["fingerprint"] in (None, fingerprint):
             self.restore(loaded["saved"])
-            return
-        log.warning(
-            "the checkpoint was made with other teacher weights (%s) than those of %s (%s): what was learnt about the "
-            "teacher starts anew.",
-            loaded["fingerprint"],
-            self.options.teacher,
-            fingerprint,
-        )
+        elif loaded:
+            log.warning(
+                f"the checkpoint was made with other teacher weights ({loaded['fingerprint']}) than those of "
+                f"{self.teacher} ({fingerprint}): what was learnt about the teacher starts anew."
+            )
 
     # ---- ending ----
 
@@ -285,7 +242,8 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
         """Release the teacher, and say so."""
         assert self._teacher is not None
         device = _device(state)
-        returned = sum(p.nbytes for p in self._teacher.body.parameters()) if not self.sharing else 0
+        shared = any(other._teacher is self._teacher for other in self.others)
+        returned = 0 if shared else sum(p.nbytes for p in self._teacher.body.parameters())
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._end(state)
         gc.collect()  # modules hold reference cycles
@@ -293,23 +251,18 @@ class Lifecycle(Algorithm, Generic[OptionsT]):
             torch.cuda.empty_cache()
             returned = before - torch.cuda.memory_allocated(device)
         returned /= 2**20
-        metrics = {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned}
-        logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
+        self._log(logger, {"weight": 0.0, "active": 0.0, "memory_returned_mib": returned})
         _say(
-            "%s ended after batch %d: the teacher is released, %.1f MiB of memory returned.",
-            type(self).__name__,
-            state.timestamp.batch.value,
-            returned,
+            f"{type(self).__name__} ended after batch {state.timestamp.batch.value}: the teacher is released, "
+            f"{returned:.1f} MiB of memory returned."
         )
 
     def release(self) -> None:
-        """Let go of student and teacher."""
-        self.detach()
+        """Let go of student and teacher. Called as often as may be."""
         self._teacher = None
-        for other in self.sharing:
-            other.sharing = [member for member in other.sharing if member is not self]
-        self.sharing = []
-        self.phase = Phase.ENDED
+
+    def _log(self, logger: Logger, metrics: dict[str, float]) -> None:
+        logger.log_metrics({f"{self.prefix}/{name}": value for name, value in metrics.items()})
 
     def _end(self, state: State) -> None:
         self.release()
@@ -329,14 +282,25 @@ class _Closing(Callback):
             self._guidance.release()
 
 
-def _say(message: str, *values: Any) -> None:
+def _say(message: str) -> None:
     """Tell the user, also where the root logger shows warnings only, as under llm-foundry's train script."""
     if dist.get_global_rank() == 0:
         package = logging.getLogger("let_composer")
         if package.level == logging.NOTSET:
             package.setLevel(logging.INFO)
-        log.info(message, *values)
+        log.info(message)
 
 
 def _device(state: State) -> torch.device:
     return state.device.tensor_to_device(torch.empty(0)).device
+
+
+def _documents(model: nn.Module) -> tuple[bool, int]:
+    """Whether tokens of a packed row attend to their own document only, as in an MPT with attn_uses_sequence_id; and
+    the length of a row.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(attention := getattr(config, "attn_config", None), Mapping):
+            return bool(attention.get("attn_uses_sequence_id")), int(getattr(config, "max_seq_len", 1))
+    return False, 1

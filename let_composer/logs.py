@@ -3,7 +3,7 @@
 import ast
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,19 @@ Log = dict[str, Any]  # a pandas series over steps for each tag
 
 @dataclass
 class Run:
-    """What one run logged. A curve is a pair of arrays: tokens seen, value."""
+    """What one run logged; NaN for what it did not. A curve is a pair of arrays: tokens seen, value."""
 
     name: str
     metric: str  # the tag of what is compared
     loss: Curve  # that metric, nats per token for cross-entropy
     compute: Curve  # of student and teacher, in the FLOPs of one token of plain training
     train_seconds: Curve  # time in training, evaluation and start-up left out
-    batch: float  # tokens
-    guidance: dict[str, Curve] = field(default_factory=dict)  # the metrics of let/ or kd/
-    guided_seconds: float | None = None  # mean of one batch, over guided batches after the first two
-    plain_seconds: float | None = None
-    peak_gb: float | None = None  # 1e9 bytes, allocated on the device
-    flops_per_token: float | None = None  # of plain training, as Composer's speed monitor counts
-    settings: dict[str, Any] = field(default_factory=dict)  # what was logged of the run's configuration
+    guidance: dict[str, Curve]  # the metrics of let/ or kd/
+    guided_speed: float  # tokens a second, over guided batches after the first two
+    plain_speed: float
+    peak_gb: float  # 1e9 bytes, allocated on the device
+    flops_per_token: float  # of plain training, as Composer's speed monitor counts
+    settings: dict[str, Any]  # what was logged of the run's configuration
 
 
 def read_run(path: str | Path, metric: str = METRIC) -> Run:
@@ -54,11 +53,11 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
     batch = float((np.diff(tokens) / np.diff(steps)).max(initial=0))
     end = max(steps[-1] + 1, *(values.index[-1] for values in log.values()))
     steps, tokens = np.append(steps, end), np.append(tokens, tokens[-1] + batch * (end - steps[-1]))
-    nothing: Any = pd.Series(dtype=float)
+    nothing: Any = pd.Series({0.0: np.nan})
 
     def curve(tag: str) -> Curve:
-        values: Any = log.get(tag, pd.Series({0.0: np.nan}))
-        return np.interp(values.index.to_numpy(dtype=float), steps, tokens), values.to_numpy(dtype=float)
+        values: Any = log.get(tag, nothing).astype(float).replace([np.inf, -np.inf], np.nan)
+        return np.interp(values.index.to_numpy(dtype=float), steps, tokens), values.to_numpy()
 
     def of_guidance(name: str) -> Any:
         return next((values for tag, values in log.items() if tag in (f"let/{name}", f"kd/{name}")), nothing)
@@ -76,18 +75,13 @@ def read_run(path: str | Path, metric: str = METRIC) -> Run:
         loss=curve(tag),
         compute=(tokens, np.append(tokens[0], tokens[0] + np.cumsum(np.diff(tokens) / (1 - share)))),
         train_seconds=(train_tokens, train_hours * 3600),
-        batch=batch,
         guidance={tag: curve(tag) for tag in log if tag.startswith(("let/", "kd/"))},
-        guided_seconds=_known(took[guided].mean()),
-        plain_seconds=_known(took[~guided].mean()),
-        peak_gb=_known(log.get("memory/peak_allocated_mem", nothing).max()),
-        flops_per_token=_known((rates[0] / rates[1]).median()),
+        guided_speed=batch / took[guided].mean(),
+        plain_speed=batch / took[~guided].mean(),
+        peak_gb=log.get("memory/peak_allocated_mem", nothing).max(),
+        flops_per_token=(rates[0] / rates[1]).dropna().median(),
         settings=settings,
     )
-
-
-def _known(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def resolve_metric(wanted: str, tags: Iterable[str], source: Any) -> str:
@@ -133,7 +127,7 @@ def read_log(path: Path) -> tuple[Log, dict[str, Any]]:
 
 def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams import metadata
 
     settings: dict[str, Any] = {}
     events = [EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload() for folder in folders]
@@ -143,11 +137,10 @@ def _read_events(folders: list[Path]) -> tuple[Log, dict[str, Any]]:
         raise ValueError(f"{folders[0]} holds {starts} runs, or one that began again. Keep the event files of one.")
     # The later value of a step is the one that training went on from.
     log = {tag: pd.Series({float(e.step): e.value for e in values}).sort_index() for tag, values in scalars.items()}
-    for metadata in (metadata for each in events for metadata in each.summary_metadata.values()):
-        if metadata.plugin_data.plugin_name == "hparams":
-            data: Any = HParamsPluginData()
-            data.ParseFromString(metadata.plugin_data.content)
-            for name, value in data.session_start_info.hparams.items():
+    for each in events:
+        if start := each.summary_metadata.get(metadata.SESSION_START_INFO_TAG):
+            hparams = metadata.parse_session_start_info_plugin_data(start.plugin_data.content).hparams
+            for name, value in hparams.items():
                 settings[name] = getattr(value, str(value.WhichOneof("kind")))
                 with contextlib.suppress(ValueError, SyntaxError):  # mappings and lists are logged as their text
                     settings[name] = ast.literal_eval(settings[name])
@@ -162,17 +155,16 @@ def _read_csv(path: Path) -> Log:
     columns = {name.lower().lstrip("_"): name for name in table}
     if "step" not in columns:
         raise ValueError(f"{path} has no column Step, _step or step. Its columns are {', '.join(table)}.")
-    step, key, runs = columns["step"], columns.get("metric", columns.get("key")), set()
+    step, key = columns["step"], columns.get("metric", columns.get("key"))
     if key and "value" in columns:  # MLflow: a row for each value
-        long = table.rename(columns={key: "tag", columns["value"]: "value"})
-        runs = set(table[columns["run"]]) if "run" in columns else runs
+        long = table.rename(columns={key: "tag", columns["value"]: "value", columns.get("run"): "run"})
     else:  # W&B's charts name columns "run - metric", and add the range of what they averaged
         ranges = [name for name in table if name.endswith(("__MIN", "__MAX"))]
         long = table.drop(columns=ranges).melt(step, var_name="tag")
-        if long.tag.str.contains(" - ").all():
-            runs, long["tag"] = set(long.tag.str.partition(" - ")[0]), long.tag.str.partition(" - ")[2]
-    if len(runs) > 1:
-        raise ValueError(f"{path} holds {len(runs)} runs: {', '.join(sorted(runs))}. Export one file for each run.")
+        if len(long) and long.tag.str.contains(" - ").all():
+            long[["run", "tag"]] = long.tag.str.partition(" - ")[[0, 2]]
+    if len(runs := sorted(set(long.get("run", ())))) > 1:
+        raise ValueError(f"{path} holds {len(runs)} runs: {', '.join(runs)}. Export one file for each run.")
     long = long[long.value != ""].astype({step: float}).drop_duplicates(["tag", step], keep="last").sort_values(step)
     long["value"] = long.value.transform(pd.to_numeric, errors="coerce")
     return {str(tag): rows.set_index(step).value for tag, rows in long.groupby("tag", sort=False)}

@@ -13,20 +13,15 @@ _IGNORED = -100  # label of a token that generates no loss, in llm-foundry and H
 
 
 def loss_generating(labels: Tensor) -> Tensor:
-    """The positions whose next token is predicted, boolean ``[B, S]``: those that Composer counts and the student's
-    loss averages over.
-
-    Args:
-        labels: ``[B, S]``.
+    """The positions whose next token is predicted, of labels ``[B, S]``, boolean: those that Composer counts and the
+    student's loss averages over.
     """
     return F.pad(labels[:, 1:] != _IGNORED, (0, 1), value=False)
 
 
 def total(loss: Any) -> Tensor:
-    """The scalar that Composer would train on.
-
-    Args:
-        loss: A tensor, a tuple or list of tensors, or a mapping, with ``total`` or without.
+    """The scalar that Composer would train on, of a tensor, a tuple or list of tensors, or a mapping, with ``total`` or
+    without.
     """
     if isinstance(loss, Mapping):
         return loss["total"].mean() if "total" in loss else total(tuple(loss.values()))
@@ -38,20 +33,12 @@ def total(loss: Any) -> Tensor:
 def language_model_loss(loss: Any) -> Tensor:
     """The part of a loss that is about tokens: without the balancing loss that a mixture of experts adds, where the
     model keeps the two apart.
-
-    Args:
-        loss: As for :func:`total`.
     """
     return loss["loss"].mean() if isinstance(loss, Mapping) and "loss" in loss else total(loss)
 
 
 def plus(loss: Any, term: Tensor) -> Any:
-    """``loss + term`` in the type that came in: some callbacks read only tensors, mixtures of experts return dicts.
-
-    Args:
-        loss: As for :func:`total`.
-        term: A scalar.
-    """
+    """``loss + term`` in the type that came in: some callbacks read only tensors, mixtures of experts return dicts."""
     if isinstance(loss, Mapping):
         return {**loss, "total": total(loss) + term}
     if isinstance(loss, (tuple, list)):
@@ -61,10 +48,8 @@ def plus(loss: Any, term: Tensor) -> Any:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The student's logits ``[B, S, V]`` in what its forward returned.
-
-    Args:
-        outputs: A mapping with ``logits``, or a tuple that holds them, as from a model with ``return_dict: false``.
+    """The student's logits ``[B, S, V]`` in what its forward returned: a mapping with ``logits``, or a tuple that holds
+    them, as from a model with ``return_dict: false``.
 
     Raises:
         ValueError: If there are none.

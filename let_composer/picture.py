@@ -28,8 +28,7 @@ PANELS = {
     "weight of\nthe guidance": {"weight": "-"},
     "cosine; dashed: of\na constant vector": {"cosine": "-", "constant_cosine": "--"},
 }
-# By metric: where; mean, lowest and highest over seeds.
-Bands = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+Band = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # where; mean, lowest and highest over seeds
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
@@ -51,13 +50,8 @@ Compute counts the teacher's forward as LET logged it; it does not count trainin
 
 
 def write_pictures(arms: Arms, summary: dict[str, Any], out: str | Path) -> None:
-    """Write OUT.png and OUT.svg, losses over compute, and OUT.html: verdict, table, curves, settings, environment.
-
-    Args:
-        arms: As given to :func:`let_composer.comparing.summarize`.
-        summary: What it returned.
-        out: Path without suffix.
-    """
+    """Write OUT.png and OUT.svg, losses over compute, and OUT.html: verdict, table, curves, settings, environment; of
+    the arms that :func:`let_composer.comparing.summarize` was given, and its summary."""
     figures = {over: _draw(arms, summary, over) for over in ("compute", "tokens")}
     svg = {over: _render(figure, "svg") for over, figure in figures.items()}
     differ, shared = _settings(arms)
@@ -115,7 +109,7 @@ def _draw(arms: Arms, summary: dict[str, Any], over: str) -> Figure:
     return figure
 
 
-def _bands(runs: list[Run], over: str, unit: float) -> Bands:
+def _bands(runs: list[Run], over: str, unit: float) -> dict[str, Band]:
     """What is compared, under "", and each metric of the guidance that all seeds of an arm logged."""
     logged = [{tag.partition("/")[2]: curve for tag, curve in run.guidance.items()} | {"": run.loss} for run in runs]
     bands = {}
@@ -129,28 +123,28 @@ def _bands(runs: list[Run], over: str, unit: float) -> Bands:
     return bands
 
 
-def _plot(axis: Any, band: tuple[np.ndarray, ...], **style: Any) -> None:
+def _plot(axis: Any, band: Band, **style: Any) -> None:
     x, mean, low, high = band
     axis.plot(x, mean, lw=1.8, **style)
     axis.fill_between(x, low, high, color=style["color"], alpha=0.25, lw=0)
 
 
 def _draw_losses(
-    axis: Any, bands: dict[str, Bands], colors: dict[str, str], summary: dict[str, Any], over: str
+    axis: Any, bands: dict[str, dict[str, Band]], colors: dict[str, str], summary: dict[str, Any], over: str
 ) -> None:
-    level, whole = summary["baseline_final_loss"], summary["arms"][0]["over_seeds"][over]
+    level, whole = summary["baseline_final_loss"], summary["arms"][0]["over_seeds"][over]["mean"]
     unit, *_ = scale(summary, over)
     axis.axhline(level, color=PALETTE[0], lw=1, ls=":")
     for row in summary["arms"]:
         arm, own, of = row["arm"], row["over_seeds"], bands[row["arm"]]
         reached, text = own[f"{over}_to_baseline_loss"], f"{row['arm']}: {of[''][1][-1]:.3f}"
-        if arm != summary["baseline"] and reached and whole:
+        if arm != summary["baseline"] and reached:
             axis.plot(reached["mean"] / unit, level, "*", ms=15, color=colors[arm], mec="white", zorder=4)
-            text += f", ★ after {reached['mean'] / whole['mean']:.0%} of the {over}"
+            text += f", ★ after {reached['mean'] / whole:.0%} of the {over}"
         _plot(axis, of[""], color=colors[arm], label=text)
         if "weight" in of:
-            stop, share = of["weight"][0][-1], own["teacher_share"]
-            text = f"guided; the teacher took {share['mean']:.1%} of the compute" if share else "guided"
+            stop, share = of["weight"][0][-1], own["teacher_share"]["mean"]
+            text = f"guided; the teacher took {share:.1%} of the compute"
             axis.axvspan(0, stop, color=colors[arm], alpha=0.1, lw=0, label=text)
             if stop < 0.98 * of[""][0][-1]:
                 place, above = (stop, 0.02), axis.get_xaxis_transform()
@@ -158,7 +152,8 @@ def _draw_losses(
     # After a fifth of each run: what comes before is so steep that it would hide the differences.
     late = np.concatenate([y[x >= 0.2 * x[-1]] for x, y, *_ in (of[""] for of in bands.values())])
     low, high = np.nanmin(late), np.nanmax(late)
-    if summary["teacher"] and (own := summary["teacher"]["final_loss"]):
+    if summary["teacher"]:
+        own = summary["teacher"]["final_loss"]
         axis.axhline(own, color="black", lw=1, ls="--", label=f"its teacher: {own:.3f}")
         if abs(own - level) <= 2 * (high - low):
             low, high = min(low, own), max(high, own)

@@ -8,76 +8,50 @@ mask, as is customary) and what it keeps for the backward pass; reads no data an
 what the allocator wastes and what NCCL and CUDA take for themselves is not in it. Evaluation takes time on top.
 """
 
-from __future__ import annotations  # counting takes seconds to import, --help should not
-
 import argparse
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf import OmegaConf as om
 
 from let_composer.configuration import load, quiet, read_methods, require
 from let_composer.files import write_json
-from let_composer.memory import HARDWARE, Hardware, checkpointing, fits, memory
 from let_composer.names import refuse_unknown
-
-if TYPE_CHECKING:
-    from composer import Time
-
-    from let_composer.counting import StudentCount, TeacherCount
 
 __all__ = ["HARDWARE", "Hardware", "Plan", "add_arguments", "make_plan", "run", "table"]
 
-NEEDED = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU: dense bf16 peak in TFLOP/s, and memory in GiB as torch reports it."""
+
+    name: str
+    tflops: float
+    memory: float
 
 
-@dataclass
-class Plan:
+# Peaks from NVIDIA's data sheets (SXM, dense).
+FIGURES = {"a100-40gb": (312, 39), "a100": (312, 79), "h100": (989, 79), "h200": (989, 139), "b200": (2250, 178)}
+HARDWARE = {name: Hardware(name, *figures) for name, figures in FIGURES.items()}
+
+
+class Plan(SimpleNamespace):
     """What a run costs. Times need a GPU named, money a price; memory in GiB on each GPU."""
-
-    run: str
-    gpus: int
-    gpu: str | None
-    utilization: float
-    sequence_length: int
-    global_batch: int
-    microbatch: int
-    auto: bool  # whether the microbatch is planning's choice
-    steps: float
-    tokens: float
-    student: StudentCount
-    teacher: TeacherCount | None
-    teacher_name: str | None
-    methods: list[str]  # that the teacher serves: let, rkd, salt
-    guided_steps: float
-    guided_tokens: float
-    step_flops: float  # of a plain step on all GPUs, recomputation included
-    guided_overhead: float  # guided step / plain step - 1, by FLOPs
-    break_even_tokens: float  # that guidance must save to pay for its teacher
-    run_flops: float
-    hours: float | None
-    price: float | None
-    memory: dict[str, float]
-    capacity: float | None
 
 
 def make_plan(
-    config: DictConfig,
-    gpus: int,
-    gpu: str | None,
-    hardware: Hardware | None,
-    utilization: float,
-    price: float | None = None,
+    config: DictConfig, gpus: int, hardware: Hardware | None, utilization: float, price: float | None = None
 ) -> Plan:
-    """Plan the run of an llm-foundry YAML.
+    """Plan the run of a YAML, in which keys that say where data lies may be missing.
 
     Args:
-        config: As :func:`let_composer.configuration.load` reads it; keys that say where data lies may be missing.
-        gpus: How many GPUs.
-        gpu: Their name, for the report.
-        hardware: Their figures, or ``None``: then no times and no verdict on memory.
+        config: As :func:`let_composer.configuration.load` reads it.
+        gpus: How many.
+        hardware: Which, or ``None``: then no times and no verdict on memory.
         utilization: Share of the peak that a step reaches, recomputation counted as work.
         price: Of a GPU for an hour. Default: ``None``.
 
@@ -86,11 +60,11 @@ def make_plan(
             reads, or a model that planning cannot count.
     """
     with quiet():
-        import torch
+        import torch  # here, because --help should not wait for it
         from composer import Time
 
         from let_composer.annealing import parse_stop, resolve_stop
-        from let_composer.counting import build_student, count_student, count_teacher, teacher_config
+        from let_composer.counting import build_student, count_student, count_teacher, memory, teacher_config
         from let_composer.teacher import build_body
 
         _check_keys(config)
@@ -102,72 +76,71 @@ def make_plan(
         steps = _steps(duration, batch, tokens_a_step)
         methods = {name: own for name, own in read_methods(config).items() if not own.off}
         options = next(iter(methods.values()), None)
-        body, guided, context, placement = None, 0.0, length, ""
-        for other in methods.values():
-            if options and not other.same_teacher(options):
-                raise ValueError("planning knows one teacher: give all methods the same, with the same options.")
-            stop = resolve_stop(parse_stop(other.stop), duration, None)
-            guided = max(guided, min(steps, _steps(stop, batch, tokens_a_step)))
+        stops = [resolve_stop(parse_stop(own.stop), duration, None) for own in methods.values()]
+        guided = min(steps, max((_steps(stop, batch, tokens_a_step) for stop in stops), default=0.0))
+        body, context = None, length
         if options:
-            layer, placement = (options.teacher_arguments()[key] for key in ("layer", "placement"))
+            if not all(map(options.same_teacher, methods.values())):
+                raise ValueError("planning knows one teacher: give all methods the same, with the same options.")
+            layer = options.teacher_arguments()["layer"]
             body = build_body(teacher_config(options.teacher), layer, options.trust_remote_code).to(dtype)
             context = min(length, getattr(body.config, "max_position_embeddings", length) or length)
+        checkpointing = bool(om.select(config, "fsdp_config.activation_checkpointing"))
         student_model, fused = build_student(config, dtype)
         given = config.get("device_train_microbatch_size", "auto")
         microbatch = batch // gpus if given == "auto" else min(int(given), batch // gpus)
         while True:  # auto halves the microbatch until it fits, as Composer does
-            student = count_student(student_model, microbatch, length, fused)
+            student = count_student(student_model, microbatch, length, fused, checkpointing)
             share = max((m.projected(length) for m in methods.values()), default=0) / length
-            projected = round(microbatch * context * share)
-            teacher = count_teacher(body, microbatch, context, projected) if body is not None else None
-            distills = bool(methods.keys() - {"let"})
-            parts = memory(config, gpus, student, teacher, placement, microbatch * length, dtype, distills)
-            if given != "auto" or microbatch == 1 or fits(sum(parts.values()), hardware and hardware.memory):
+            teacher = count_teacher(body, microbatch, context, round(microbatch * context * share)) if options else None
+            parts = memory(config, methods, gpus, student, teacher, microbatch * length, dtype.itemsize)
+            fits = hardware is None or sum(parts.values()) < 0.9 * hardware.memory
+            if given != "auto" or microbatch == 1 or fits:
                 break
             microbatch //= 2
-    step_flops = tokens_a_step * (student.flops + checkpointing(config) * student.block_flops)
+    step_flops = tokens_a_step * (student.flops + student.recomputed_flops)
     overhead = teacher.flops * tokens_a_step / step_flops if teacher else 0.0
     run_flops = step_flops * (steps + guided * overhead)
     hours = run_flops / (gpus * hardware.tflops * 1e12 * utilization) / 3600 if hardware else None
     return Plan(
         run=str(config.get("run_name", "")),
         gpus=gpus,
-        gpu=gpu,
+        hardware=hardware,
         utilization=utilization,
         sequence_length=length,
         global_batch=batch,
         microbatch=microbatch,
-        auto=given == "auto",
+        auto=given == "auto",  # whether the microbatch is planning's choice
         steps=steps,
         tokens=steps * tokens_a_step,
         student=student,
         teacher=teacher,
         teacher_name=options.teacher if options else None,
-        methods=list(methods),
+        methods=list(methods),  # that the teacher serves: let, rkd, salt
         guided_steps=guided,
         guided_tokens=guided * tokens_a_step,
-        step_flops=step_flops,
-        guided_overhead=overhead,
-        break_even_tokens=overhead * guided * tokens_a_step,
+        step_flops=step_flops,  # of a plain step on all GPUs, recomputation included
+        guided_overhead=overhead,  # guided step / plain step - 1, by FLOPs
+        break_even_tokens=overhead * guided * tokens_a_step,  # that guidance must save to pay for its teacher
         run_flops=run_flops,
         hours=hours,
         price=hours * gpus * price if hours is not None and price is not None else None,
         memory=parts,
-        capacity=hardware.memory if hardware else None,
+        fits=fits if hardware else None,  # with a tenth of the GPU free
     )
 
 
 def table(plan: Plan) -> str:
     """The plan as text."""
-    student, teacher, batch = plan.student, plan.teacher, f"{plan.global_batch} x {plan.sequence_length}"
+    student, teacher, hardware = plan.student, plan.teacher, plan.hardware
     trained = "" if student.trained == student.parameters else f" ({student.trained / 1e6:,.1f}M trained)"
     total, share = sum(plan.memory.values()), plan.break_even_tokens / plan.tokens
-    whole = "" if plan.capacity else ": the whole batch of a GPU; --gpu finds what fits"
+    whole = "" if hardware else ": the whole batch of a GPU; --gpu finds what fits"
     auto = f", auto{whole}" if plan.auto else ""
     rows = {
         "run": plan.run,
         "student": f"{student.parameters / 1e6:,.1f}M parameters{trained}, {student.flops / 1e9:,.2f} GFLOP a token",
-        "steps": f"{plan.steps:,.0f} of {batch}: {plan.tokens / 1e9:,.2f}B tokens",
+        "steps": f"{plan.steps:,.0f} of {plan.global_batch} x {plan.sequence_length}: {plan.tokens / 1e9:,.2f}B tokens",
         "plain step": f"{plan.step_flops / 1e15:,.2f} PFLOP, recomputation included",
     }
     if teacher:
@@ -179,20 +152,20 @@ def table(plan: Plan) -> str:
         rows["guided step"] = f"+{plan.guided_overhead:.2%} by FLOPs; the whole run +{share:.2%}"
         rows["break-even"] = f"the teacher pays once it saves {plan.break_even_tokens / 1e9:,.3f}B tokens"
     rows["whole run"] = f"{plan.run_flops / 1e18:,.1f} EFLOP"
-    if plan.hours is not None:
+    if hardware:
         rows["time"] = (
-            f"{plan.hours:,.1f} h on {plan.gpus} x {plan.gpu}, {plan.hours * plan.gpus:,.0f} GPU hours, "
+            f"{plan.hours:,.1f} h on {plan.gpus} x {hardware.name}, {plan.hours * plan.gpus:,.0f} GPU hours, "
             f"if {plan.utilization:.0%} of the peak is reached (an assumption)"
         )
     if plan.price is not None:
         rows["price"] = f"{plan.price:,.0f}, of it {plan.price * share / (1 + share):,.0f} for the teacher"
     rows["memory, GiB a GPU"] = f"{total:,.1f} (estimate), microbatch {plan.microbatch}{auto}"
     rows |= {f"  {part}": f"{size:,.2f}" for part, size in plan.memory.items()}
-    if plan.capacity:
-        rows["verdict"] = f"fits in {plan.capacity:.0f} GiB"
-        if not fits(total, plan.capacity):
+    if hardware:
+        rows["verdict"] = f"fits in {hardware.memory:.0f} GiB"
+        if not plan.fits:
             rows["verdict"] = (
-                f"does not fit: {total:,.1f} of {plan.capacity:.0f} GiB, and a tenth should stay free. A smaller "
+                f"does not fit: {total:,.1f} of {hardware.memory:.0f} GiB, and a tenth should stay free. A smaller "
                 "microbatch, activation checkpointing, more GPUs and placement: shard for the teacher help."
             )
     width = max(map(len, rows))
@@ -222,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     if bool(args.tflops) != bool(args.memory):
         raise ValueError("--tflops and --memory go together.")
     if args.tflops:
-        hardware = Hardware(args.tflops, args.memory)
+        hardware = Hardware(args.gpu or "GPU", args.tflops, args.memory)
     elif args.gpu:
         refuse_unknown("the table of GPUs (--tflops and --memory describe any other)", [args.gpu], HARDWARE)
         hardware = HARDWARE[args.gpu]
@@ -233,10 +206,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--price needs the GPU's speed: give --gpu too.")
     with quiet():
         config = load(args.yaml, args.overrides)
-    plan = make_plan(config, args.gpus, args.gpu, hardware, args.utilization, args.price)
+    plan = make_plan(config, args.gpus, hardware, args.utilization, args.price)
     print(table(plan))
     if args.out:
-        write_json(args.out, asdict(plan))
+        write_json(args.out, plan)
 
 
 def _check_keys(config: DictConfig) -> None:
@@ -246,7 +219,8 @@ def _check_keys(config: DictConfig) -> None:
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS
     from transformers import PretrainedConfig
 
-    require(config, NEEDED, "planning")
+    needed = ("model.name", "max_seq_len", "max_duration", "global_train_batch_size", "optimizer.name")
+    require(config, needed, "planning")
     refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
     refuse_unknown("fsdp_config", config.get("fsdp_config") or {}, FSDPConfig.__annotations__)
     if config.get("tp_config"):
@@ -257,7 +231,7 @@ def _check_keys(config: DictConfig) -> None:
         refuse_unknown("model", config.model, {*known, *PretrainedConfig().to_dict(), "name"})
 
 
-def _steps(time: Time, batch: int, tokens: int) -> float:
+def _steps(time: Any, batch: int, tokens: int) -> float:
     per_step = {"ba": 1, "sp": batch, "tok": tokens}
     if time.unit.value not in per_step:
         raise ValueError(

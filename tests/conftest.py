@@ -1,6 +1,7 @@
 """What every test builds on: a small tokenizer, teachers on disk, a small MPT student, real batches for a Trainer."""
 
 import copy
+import functools
 import gc
 import os
 import socket
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from let_composer import LET
+from let_composer.teacher import Teacher
 
 VOCABULARY = 64
 LENGTH = 16
@@ -157,38 +159,35 @@ def student(tokenizer: PreTrainedTokenizerFast) -> ComposerMPTCausalLM:
     return build_student(tokenizer)
 
 
-def build_rows(
-    tokenizer: PreTrainedTokenizerFast, samples: int = 64, ragged: bool = False, seed: int = 3
-) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Random sequences and llm-foundry's collator; ``ragged`` ones are padded on the right."""
+def build_data(
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int = 8,
+    sampler: Callable[[Any], Any] = lambda rows: None,
+    change: Callable[[Any], Any] = lambda batch: batch,
+    samples: int = 64,
+    ragged: bool = False,
+    seed: int = 3,
+) -> DataSpec:
+    """Random sequences, as llm-foundry's data loaders give them to a Trainer; ``ragged`` ones are padded on the right.
+
+    ``change`` makes other batches of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY - 2, (samples, LENGTH), generator=generator)
     lengths = torch.randint(3, LENGTH + 1, (samples,), generator=generator) if ragged else [LENGTH] * samples
     rows: list[Any] = [{"input_ids": row[: int(n)].tolist()} for row, n in zip(ids, lengths, strict=True)]
     if ragged:  # to a fixed shape, so that any cut into microbatches and ranks sees the same positions
         rows = [tokenizer.pad(row, padding="max_length", max_length=LENGTH) for row in rows]
+    count = get_tokens_per_batch_func()
     base = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
-    return rows, LossGeneratingTokensCollatorWrapper(base, get_tokens_per_batch_func())
-
-
-def build_data(
-    tokenizer: PreTrainedTokenizerFast,
-    batch_size: int = 8,
-    sampler: Any = None,
-    change: Callable[[Any], Any] = lambda batch: batch,
-    **options: Any,
-) -> DataSpec:
-    """What llm-foundry's data loaders give a Trainer, over :func:`build_rows`; ``change`` makes other batches of it."""
-    rows, collate = build_rows(tokenizer, **options)
-    if sampler is not None:
-        sampler = sampler(rows)
+    collate = LossGeneratingTokensCollatorWrapper(base, count)
     loader: Any = DataLoader(
-        rows, batch_size=batch_size, collate_fn=lambda rows: change(collate(rows)), sampler=sampler
+        rows, batch_size=batch_size, collate_fn=lambda rows: change(collate(rows)), sampler=sampler(rows)
     )
-    return DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func())
+    return DataSpec(loader, get_num_tokens_in_batch=count)
 
 
-def build_trainer(tokenizer: PreTrainedTokenizerFast, *algorithms: Any, **options: Any) -> Trainer:
+def build_trainer(tokenizer: PreTrainedTokenizerFast, *algorithms: Any, fit: bool = False, **options: Any) -> Trainer:
     """A real Trainer on the CPU, whose first logger keeps metrics; ``optimizer`` is a class, ``lr`` its rate."""
     model = options.pop("model", None) or build_student(tokenizer)
     defaults: dict[str, Any] = {
@@ -202,26 +201,41 @@ def build_trainer(tokenizer: PreTrainedTokenizerFast, *algorithms: Any, **option
         "progress_bar": False,
         "loggers": [InMemoryLogger()],
     }
-    return Trainer(model=model, algorithms=list(algorithms), **{**defaults, **options})
+    trainer = Trainer(model=model, algorithms=list(algorithms), **{**defaults, **options})
+    if fit:
+        trainer.fit()
+    return trainer
 
 
 @pytest.fixture(scope="session")
 def train(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Trainer]:
     """Train a student for some batches; takes what :func:`build_trainer` takes, and returns the trainer."""
-
-    def run(*algorithms: Any, fit: bool = True, **options: Any) -> Trainer:
-        trainer = build_trainer(tokenizer, *algorithms, **options)
-        if fit:
-            trainer.fit()
-        return trainer
-
-    return run
+    return functools.partial(build_trainer, tokenizer, fit=True)
 
 
 @pytest.fixture
 def let(teacher_folder: str) -> Callable[..., LET]:
     """LET with a number as its weight and no head to load, unless another weight is given."""
     return lambda **options: LET(**{"teacher": teacher_folder, "weight": 1.0, **options})
+
+
+@pytest.fixture
+def teacher_sees(monkeypatch) -> Callable[..., list[tuple[bool, bool]]]:
+    """Watches the teacher from here on, and may spoil its states: whether it is given a mask, and documents."""
+
+    def watch(spoil: Callable[[torch.Tensor], None] = lambda states: None) -> list[tuple[bool, bool]]:
+        given, hidden = [], Teacher.hidden
+
+        def spy(self: Teacher, ids: Any, mask: Any = None, sequence_id: Any = None) -> torch.Tensor:
+            given.append((mask is not None, sequence_id is not None))
+            states = hidden(self, ids, mask, sequence_id).clone()
+            spoil(states)
+            return states
+
+        monkeypatch.setattr(Teacher, "hidden", spy)
+        return given
+
+    return watch
 
 
 @pytest.fixture
@@ -242,8 +256,7 @@ def counted(batch: Any) -> torch.Tensor:
 
 def metrics(trainer: Trainer, name: str) -> list[float]:
     """Everything that was logged under ``name``, in order."""
-    logger = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
-    return [value for _, value in logger.data[name]]
+    return [value for _, value in trainer.logger.destinations[0].data[name]]
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -275,32 +288,17 @@ def allow_fsdp_without_cuda() -> None:
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
 def hf_student(tokenizer: Any, folder: str, **options: Any) -> ComposerHFCausalLM:
     return ComposerHFCausalLM(
         tokenizer=tokenizer, pretrained_model_name_or_path=folder, pretrained=True, use_train_metrics=False, **options
     )
-
-
-def balanced_loss(model: ComposerMPTCausalLM) -> ComposerMPTCausalLM:
-    """The model with a loss of the form of llm-foundry's mixtures of experts."""
-    plain_loss = model.loss
-
-    def loss(outputs: Any, batch: Any) -> dict[str, torch.Tensor]:
-        lm, balance = plain_loss(outputs, batch), 0.01 * outputs.logits.square().mean()
-        return {"total": lm + balance, "loss": lm, "lbl": balance}
-
-    model.loss = loss
-    return model
 
 
 class Reads(TorchDispatchMode):

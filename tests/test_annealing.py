@@ -1,17 +1,19 @@
 """Time strings and shapes to weights."""
 
 import pytest
-from composer.core import Time
+from composer.core import Time, Timestamp
 
-from let_composer.annealing import annealed_weight, parse_stop, resolve_stop
+from let_composer.annealing import Schedule, parse_stop, resolve_stop
 
 
 @pytest.mark.parametrize(
     ("anneal", "quarter", "half"), [("linear", 0.75, 0.5), ("cosine", 0.853553, 0.5), ("constant", 1, 1)]
 )
 def test_shapes_are_exact_at_their_ends_and_never_rise(anneal, quarter, half):
-    weights = [annealed_weight(step, 1000, 2.0, anneal) for step in range(1001)]
-    assert weights[0] == 2.0 and weights[1000] == annealed_weight(10**12, 1000, 2.0, anneal) == 0.0
+    schedule = Schedule("0.5dur", anneal)
+    schedule.resolve(Time.from_timestring("2000ba"), None)
+    weights = [schedule.weight(Timestamp(batch=step), 2.0) for step in range(1002)]
+    assert weights[0] == 2.0 and weights[1000] == weights.pop() == 0.0
     assert (weights[250], weights[500]) == (pytest.approx(2 * quarter, abs=1e-5), pytest.approx(2 * half))
     assert all(a >= b for a, b in zip(weights, weights[1:], strict=False))
     assert min(weights[:-1]) > 0

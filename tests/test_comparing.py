@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from let_composer import LET
 from let_composer.cli import main
-from let_composer.comparing import compare, crossing, group, summarize, table, verdict
-from let_composer.logs import read_log, read_run
+from let_composer.comparing import compare, group, summarize, table, verdict
+from let_composer.logs import Run, read_log, read_run
 from let_composer.picture import PALETTE
 
 SHARE = "let/teacher_flops_share"
@@ -33,7 +33,6 @@ def write_run(folder, loss: list[float], guided: int = 0, memory: float | None =
     took = np.cumsum([3 if step < guided else 2 for step in steps]) / 3600
     log: dict[str, dict[int, float]] = {
         "time/token": {step: step * 100 for step in steps},
-        "loss/train/total": dict.fromkeys(steps, 5.0),
         "let/weight": {step: 1 - step / guided for step in range(guided + 1) if guided},
         "let/cosine": dict.fromkeys(range(guided), 0.5),
         "let/constant_cosine": dict.fromkeys(range(guided), 0.1),
@@ -49,14 +48,8 @@ def write_run(folder, loss: list[float], guided: int = 0, memory: float | None =
     return str(folder)
 
 
-def read(*folders):
-    return [read_run(folder) for folder in folders]
-
-
-@pytest.mark.parametrize(("level", "reached"), [(4.5, 25), (7.0, 10), (3.9, None)])
-def test_crossing(level, reached):
-    assert crossing((np.array([10.0, 20.0, 30.0]), np.array([6.0, 5.0, 4.0])), level) == reached
-    assert crossing((np.array([10.0, 20.0, 30.0]), np.array([9.0, np.nan, 9.0])), level) is None
+def arms(*folders: str) -> dict[str, list[Run]]:
+    return {arm: [read_run(path) for path in paths] for arm, paths in group(folders).items()}
 
 
 def test_folders_that_differ_in_their_seed_alone_are_one_arm(tmp_path):
@@ -79,9 +72,8 @@ def test_folders_that_differ_in_their_seed_alone_are_one_arm(tmp_path):
 
 
 def test_the_table_says_what_was_logged(tmp_path):
-    baseline = read(write_run(tmp_path / "baseline", [6.0, 5.0, 4.5, 4.0], memory=2.5))
-    let = read(write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20))
-    summary = summarize({"baseline": baseline, "let": let})
+    baseline = write_run(tmp_path / "baseline", [6.0, 5.0, 4.5, 4.0], memory=2.5)
+    summary = summarize(arms(baseline, write_run(tmp_path / "let", [5.0, 4.0, 3.5, 3.0], guided=20)))
     assert {row: tuple(cells) for row, *cells in table(summary).T.itertuples()} == {
         "seeds": ("1", "1"),
         "eval/LanguageCrossEntropy at 0.004M": ("4.000", "3.000"),
@@ -100,7 +92,7 @@ def test_the_table_says_what_was_logged(tmp_path):
         "let reaches the final loss of baseline, 4.000, after 50% of its tokens and 67% of its compute, the teacher's "
         "forward included. One seed each."
     )
-    assert verdict(summarize({"baseline": baseline})) == "baseline ends at a loss of 4.000. One seed each."
+    assert verdict(summarize(arms(baseline))) == "baseline ends at a loss of 4.000. One seed each."
 
 
 def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
@@ -111,7 +103,7 @@ def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
         write_run(tmp_path / "let-s3", [6.0, 6.0, 6.0, 6.0], guided=20),
     ]
     teacher = read_run(write_run(tmp_path / "teacher", [5.0, 3.5]))
-    summary = summarize({arm: read(*folders) for arm, folders in group([*plain, *let]).items()}, teacher)
+    summary = summarize(arms(*plain, *let), teacher)
     rows, loss = table(summary), "eval/LanguageCrossEntropy at 0.004M"  # at tokens for which all have a loss
     assert "peak memory" not in rows  # as no run logged it
     assert rows.loc["plain", ["seeds", loss]].tolist() == ["2", "4.000 (3.800..4.200)"]
@@ -123,10 +115,11 @@ def test_seeds_are_averaged_and_their_spread_shown(tmp_path):
 
 
 def test_a_diverged_arm_is_shown_as_such(tmp_path):
-    folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [6.0, math.nan])]
+    folders = [write_run(tmp_path / "a", [6.0, 5.0]), write_run(tmp_path / "b", [math.inf, math.nan])]
     compare(group(folders), None, tmp_path / "picture")
-    arms = json.loads((tmp_path / "picture.json").read_text())["arms"]
-    assert arms[1]["seeds"][0]["final_loss"] is None and arms[1]["over_seeds"]["loss_at_equal_tokens"] is None
+    _, diverged = json.loads((tmp_path / "picture.json").read_text())["arms"]
+    assert diverged["seeds"][0]["final_loss"] is None
+    assert diverged["over_seeds"]["loss_at_equal_tokens"] is diverged["over_seeds"]["tokens_to_baseline_loss"] is None
     with pytest.raises(ValueError, match="the final loss of b is nan"):
         compare(group(folders[::-1]), None, tmp_path / "picture")
 
@@ -177,17 +170,16 @@ def test_what_composer_itself_logs(tmp_path, train, tokenizer, teacher_folder):
         loggers = [TensorboardLogger(log_dir=str(tmp_path), flush_interval=1)]
         run = {"run_name": name, "loggers": loggers, "callbacks": [SpeedMonitor(window_size=2)], "max_duration": "8ba"}
         train(*algorithms, **run, eval_dataloader=evaluator(tokenizer), eval_interval="2ba").close()
-    arms = {arm: read(*folders) for arm, folders in group([f"{tmp_path}/plain-s1", f"{tmp_path}/let-s1"]).items()}
-    batch = 8 * LENGTH
-    plain, let = (summary["seeds"][0] for summary in summarize(arms)["arms"])
+    runs, batch = arms(f"{tmp_path}/plain-s1", f"{tmp_path}/let-s1"), 8 * LENGTH
+    plain, let = (row["seeds"][0] for row in summarize(runs)["arms"])
     assert plain["tokens"] == let["tokens"] == plain["compute"] == 8 * batch
     assert let["compute"] == pytest.approx(batch * (4 + 4 / (1 - read_log(tmp_path / "let-s1")[0][SHARE].iloc[0])))
-    assert arms["let"][0].loss[0].tolist() == [2 * batch, 4 * batch, 6 * batch, 8 * batch]
-    assert arms["let"][0].guidance["let/weight"][1].tolist() == pytest.approx([0.1, 0.075, 0.05, 0.025, 0])
-    assert plain["guided_tokens_per_second"] is None
+    assert runs["let"][0].loss[0].tolist() == [2 * batch, 4 * batch, 6 * batch, 8 * batch]
+    assert runs["let"][0].guidance["let/weight"][1].tolist() == pytest.approx([0.1, 0.075, 0.05, 0.025, 0])
+    assert math.isnan(plain["guided_tokens_per_second"])
     assert min(let["guided_tokens_per_second"], let["plain_tokens_per_second"], plain["plain_tokens_per_second"]) > 0
-    assert arms["plain"][0].settings["num_nodes"] == 1 and "let/teacher" not in arms["plain"][0].settings
-    assert arms["let"][0].settings["let/teacher"] == teacher_folder
+    assert runs["plain"][0].settings["num_nodes"] == 1 and "let/teacher" not in runs["plain"][0].settings
+    assert runs["let"][0].settings["let/teacher"] == teacher_folder
 
 
 def test_exports_of_other_trackers_give_the_same_run(tmp_path):
@@ -204,13 +196,13 @@ def test_exports_of_other_trackers_give_the_same_run(tmp_path):
     expected = read_run(tmp_path / "let")
     for export in ("pandas.csv", "mlflow.csv", "charts"):
         run = read_run(tmp_path / export)
-        for name in ("loss", "compute", "train_seconds", "peak_gb", "guided_seconds", "plain_seconds"):
+        for name in ("loss", "compute", "train_seconds", "peak_gb", "guided_speed", "plain_speed"):
             np.testing.assert_allclose(getattr(run, name), getattr(expected, name))
     fifth = wide[wide._step % 5 == 0].drop(columns="time/train")
     for part in (wide[wide._step >= 7], fifth):  # from a later step on; every fifth, without times
         part.to_csv(tmp_path / "part.csv", index=False)
         run = read_run(tmp_path / "part.csv")
-        assert run.batch == 100 and run.loss[0].tolist() == [1000, 2000]
+        assert run.loss[0].tolist() == [1000, 2000]
         assert ("training time" in table(summarize({"a": [run]}))) == (part is not fifth)
     two = pd.read_csv(tmp_path / "charts" / "0.csv")
     two.assign(**{"other - x": 1}).to_csv(tmp_path / "charts" / "0.csv", index=False)

@@ -50,7 +50,7 @@ def test_a_manifest_that_is_not_there_or_not_ours_is_said(tmp_path, bpe, content
         (tmp_path / "train" / "manifest.json").write_text(content)
     check_config(config(tmp_path, bpe))
     why = "its manifest.json cannot be read as one of let-composer prepare" if content else "there is no manifest.json"
-    said = f"Neither the tokenizer nor the sequence length of the shards in {tmp_path}/train was checked: {why}"
+    said = f"Neither tokenizer nor sequence length of the shards in {tmp_path}/train was checked: {why}"
     assert said in caplog.text
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from moto.server import ThreadedMotoServer
 from texts import EOS, LENGTH, english, jsonl, leaves_open, plan, run, shards
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from let_composer.data.convert import Plan
 from let_composer.data.manifest import read_manifest
 from let_composer.data.verify import verify
 
@@ -52,21 +52,21 @@ def listing(bucket: str, prefix: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, bpe: str) -> Plan:
+def made(tmp_path_factory: pytest.TempPathFactory, bpe: str) -> Namespace:
     file = tmp_path_factory.mktemp("source") / "a.jsonl"
     file.write_bytes(jsonl(english(120_000), lambda i: NAMES[i % 3 == 0]))
     return plan(file, bpe, validation=0.1, by_subset=True, shard_bytes=4_000)
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, made: Plan) -> Path:
+def local(tmp_path_factory: pytest.TempPathFactory, made: Namespace) -> Path:
     out = tmp_path_factory.mktemp("local") / "out"
     run(made, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def remote(tmp_path_factory: pytest.TempPathFactory, made: Plan, bucket: str) -> str:
+def remote(tmp_path_factory: pytest.TempPathFactory, made: Namespace, bucket: str) -> str:
     work = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
@@ -87,7 +87,7 @@ def test_upload_and_read_back(tmp_path, bucket, remote, local, made, monkeypatch
         assert max(parts) <= found[f"{folder}/index.json"]["LastModified"] <= found["manifest.json"]["LastModified"]
     manifest = json.loads((local / "manifest.json").read_text())
     assert run(made, remote) == manifest
-    assert sum(verify(remote, 0).values()) == sum(verify(str(local), 0).values()) > 20_000
+    assert sum(verify(remote).values()) == sum(verify(str(local)).values()) > 20_000
     for written in (f"{remote}/pile-cc/train", f"{remote}//pile-cc//train/"):
         found, why_not = read_manifest(written)
         assert found and found["sequence_length"] == LENGTH, why_not

@@ -10,11 +10,12 @@ from texts import english, jsonl, plan, run
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from let_composer.data.convert import Plan
 from let_composer.data.sources import read_pieces
 from let_composer.data.tokens import start_worker, tokenize
-plan = Plan([], "", sys.argv[1], 64, on_error="skip")
-start_worker(plan, Path(sys.argv[1], "tokenizer.json").read_text(), 0, "uint16")
+sys.path.insert(0, "tests")
+from texts import plan
+args = plan("", sys.argv[1], on_error="skip", eos_id=0, dtype="uint16")
+start_worker(args, Path(sys.argv[1], "tokenizer.json").read_text())
 def most(file):
     for piece in read_pieces(file, 1 << 20, "text"):
         tokenize(piece)
@@ -40,5 +41,7 @@ def test_memory_is_bounded(tmp_path, bpe):
 
 def test_a_document_that_is_too_long_is_said(tmp_path, bpe):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a short one", "a" * ((64 << 20) + 1)]))
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes .*: split it"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2: too long: expected at most 67108864 bytes, got .*: split it"
+    ):
         run(plan(tmp_path / "a.jsonl", bpe), tmp_path / "out", workers=1)

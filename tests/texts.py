@@ -1,6 +1,6 @@
 """What the tests of the data path share: real text, a tokenizer trained on it, and a conversion in small pieces."""
 
-import dataclasses
+import argparse
 import json
 import pydoc_data.topics
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from streaming import StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 from transformers import AutoTokenizer
 
-from let_composer.data.convert import Plan, convert
+from let_composer.data.convert import add_arguments, convert
 
 LENGTH = 64
 EOS = "<|endoftext|>"
@@ -39,13 +39,17 @@ def jsonl(texts: list[str], subset: Callable[[int], str] = lambda _: "Pile-CC") 
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def plan(inputs: Path | str, tokenizer: str, **changes: Any) -> Plan:
+def plan(inputs: Path | str, tokenizer: str, **changes: Any) -> argparse.Namespace:
+    """Arguments of the command line."""
     small: dict[str, Any] = {"sequence_length": LENGTH, "piece_bytes": 40_000, "shard_bytes": 20_000, "workers": 2}
-    return Plan([str(inputs)], "", tokenizer, quiet=True, **{**small, **changes})
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([str(inputs), "--out", "", "--tokenizer", tokenizer, "--quiet"])
+    return argparse.Namespace(**{**vars(args), **small, **changes})
 
 
-def run(plan: Plan, out: Path | str, **changes: Any) -> dict[str, Any]:
-    return convert(dataclasses.replace(plan, out=str(out), **changes))
+def run(plan: argparse.Namespace, out: Path | str, **changes: Any) -> dict[str, Any]:
+    return convert(argparse.Namespace(**{**vars(plan), "out": str(out), **changes}))
 
 
 def shards(folder: Path) -> dict[str, bytes]:

@@ -34,12 +34,12 @@ def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, kwargs: dict[str, Any] | None = None) -> Any:
     """Load a fast tokenizer."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **(kwargs or {}))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer at {name!r}: expected a folder with tokenizer.json or a name on the model hub. {error}"
@@ -106,14 +106,14 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
         manifest, why_not = read_manifest(folder)
         if manifest:
             try:
-                tokenizer = tokenizer or _build_tokenizer(**config["tokenizer"])
-            except (OSError, ValueError) as error:
+                # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
+                tokenizer = tokenizer or load_tokenizer(**config["tokenizer"])
+            except ValueError as error:
                 why_not = f"the run's tokenizer cannot be built ({error})"
             else:
                 _check(manifest, folder, tokenizer, max_seq_len, cached)
         if why_not:
-            message = "Neither the tokenizer nor the sequence length of the shards in %s was checked: %s."
-            log.warning(message, folder, why_not)
+            log.warning("Neither tokenizer nor sequence length of the shards in %s was checked: %s.", folder, why_not)
     return config
 
 
@@ -126,11 +126,10 @@ def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: i
     made = manifest["tokenizer"]
     ours = tokenizer_fingerprint(tokenizer, made["vocabulary_size"])  # tokens added since are in no shard
     if made["fingerprint"] != ours:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise ValueError(
             f"The shards in {folder} were made with the tokenizer {made['name']!r} ({made['vocabulary_size']} tokens, "
-            f"{made['fingerprint'][:19]}…), but the run's is {name!r} ({len(tokenizer)} tokens, {ours[:19]}…): the "
-            "same ids mean other text. Use that tokenizer, or prepare shards with this one."
+            f"{made['fingerprint'][:19]}…), but the run's is {tokenizer.name_or_path!r} ({len(tokenizer)} tokens, "
+            f"{ours[:19]}…): the same ids mean other text. Use that tokenizer, or prepare shards with this one."
         )
     index, expected = Path(cached or "", "index.json"), manifest.get("index_sha256")
     if cached and expected and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:
@@ -151,12 +150,3 @@ def _shards(config: dict[str, Any]) -> Iterator[tuple[str, str | None, int]]:
                     split = stream.get("split") or dataset.get("split")
                     cached = join(local, split) if remote and local and remote != local else None
                     yield join(remote or local, split), cached, dataset["max_seq_len"]
-
-
-def _build_tokenizer(name: str, kwargs: dict[str, Any] | None = None, **_: Any) -> Any:
-    from llmfoundry import registry
-    from transformers import AutoTokenizer
-
-    # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
-    make = registry.tokenizers.get if name in registry.tokenizers else None
-    return make(name)(**(kwargs or {})) if make else AutoTokenizer.from_pretrained(name, **(kwargs or {}))

@@ -36,7 +36,7 @@ class Shards:
         sample_bytes = np.dtype(self.dtype).itemsize * self.length
         self.full = max(wanted["arguments"]["shard_bytes"] // sample_bytes, 1) * self.length
         self.rest: dict[str, np.ndarray] = {}  # the tokens of each stream that fill no shard yet
-        self.saved, self.took = 0.0, 0.0
+        self.next_save = 0.0
         self.state: dict[str, Any] = {"wanted": wanted, "done": [-1, -1], "problems": [], "counts": {}, "streams": {}}
         kept = unfinished(file)
         if not kept and (there := next(filter(Path.exists, (folder, file)), None)):
@@ -57,19 +57,18 @@ class Shards:
         started = time.monotonic()
         with replacing(self.file) as partial, partial.open("wb") as file:
             np.savez(file, state=np.array(json.dumps(self.state).encode()), **self.rest)
-        self.saved = time.monotonic()
-        self.took = self.saved - started
+        self.next_save = time.monotonic() + 20 * (time.monotonic() - started)
 
     def add(self, place: list[int], found: dict[str, Any], problems: list[str], counts: Counter[str]) -> None:
         """Take what ``tokenize`` made of the piece at ``place``, and write the shards that it fills."""
         for stream, documents in found.items():
             self._append(stream, *documents)
         # A damaged file first: it is the most that is lost.
-        problems = sorted(self.state["problems"] + problems, key=lambda problem: " file: " not in problem)
+        problems = sorted(self.state["problems"] + problems, key=lambda problem: ": damaged file: " not in problem)
         self.state["problems"] = problems[:PROBLEMS_KEPT]
-        self.state["counts"] = Counter(self.state["counts"]) + counts
+        self.state["counts"] = dict(Counter(self.state["counts"]) + counts)
         self.state["done"] = place
-        if time.monotonic() - self.saved > 20 * self.took:
+        if time.monotonic() > self.next_save:
             self.save()
 
     def _append(self, stream: str, documents: int, size: int, ids: np.ndarray) -> None:
@@ -85,8 +84,7 @@ class Shards:
     def finish(self, manifest: dict[str, Any], seed: int | None) -> None:
         """Complete ``manifest``, and write all that is not there yet, the shards in an order that ``seed`` decides."""
         state, indexes = self.state, {}
-        manifest["problems"] = {"counts": dict(sorted(state["counts"].items())), "first": state["problems"]}
-        manifest["streams"] = {}
+        manifest |= {"problems": {"counts": state["counts"], "first": state["problems"]}, "streams": {}}
         for subset in sorted({stream.rpartition("/")[0] for stream in state["streams"]}):
             splits = {}
             for split in SPLITS:
@@ -170,7 +168,5 @@ def upload(root: Path, remote: str, files: list[str]) -> None:
         for file in files:
             uploader.upload_file(file)
     except Exception as error:  # each store has its own
-        raise ValueError(
-            f"Cannot upload to {remote}: {type(error).__name__}: {error}. Check name, keys and network, and call "
-            "again: what is finished is kept."
-        ) from error
+        failed = f"Cannot upload to {remote}: {type(error).__name__}: {error}"
+        raise ValueError(f"{failed}. Check name, keys and network, and call again: finished work is kept.") from error

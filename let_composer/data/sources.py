@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
+import pyarrow
+import pyarrow.parquet
+from backports import zstd
 
 __all__ = ["Piece", "list_sources", "read_pieces"]
 
@@ -25,7 +28,7 @@ class Piece(NamedTuple):
     first_line: int
     payload: bytes
     position: int  # of the reader in the source's bytes
-    damage: tuple[str, str] | None  # that the source has after this piece: its kind, and what the reader says
+    damage: str  # that the source has after this piece, as the reader says; "" if it has none
 
 
 def list_sources(inputs: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
@@ -96,11 +99,8 @@ def _walk(top: str, left_out: Counter[str]) -> Iterator[str]:
 
 def read_pieces(source: str, piece_bytes: int, text_key: str) -> Iterator[Piece]:
     """Cut a source at the first line end after each ``piece_bytes``; ``text_key`` is for sources with columns."""
-    import pyarrow
-    from backports import zstd
-
     fs, path = fsspec.core.url_to_fs(source)
-    lines, size, first, damage = [], 0, 1, None
+    lines, size, first, damage = [], 0, 1, ""
 
     def read(*size: int) -> bytes:
         try:
@@ -117,19 +117,15 @@ def read_pieces(source: str, piece_bytes: int, text_key: str) -> Iterator[Piece]
                 lines.append(line)
                 size += len(line)
                 if size >= piece_bytes:
-                    yield Piece(source, first, b"".join(lines), file.tell(), None)
+                    yield Piece(source, first, b"".join(lines), file.tell(), "")
                     first, lines, size = first + len(lines), [], 0
-        except EOFError as error:
-            damage = "truncated file", str(error)
-        except (gzip.BadGzipFile, zlib.error, zstd.ZstdError, pyarrow.ArrowException) as error:
-            damage = "corrupt file", str(error)
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError, pyarrow.ArrowException) as error:
+            damage = str(error)
         if lines or damage:
             yield Piece(source, first, b"".join(lines), file.tell(), damage)
 
 
 def _lines(file: Any, path: str) -> Iterable[bytes]:
-    from backports import zstd
-
     buffered = io.BufferedReader(file, 1 << 20)  # fsspec's own lines are slow
     if path.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=buffered)
@@ -140,7 +136,6 @@ def _lines(file: Any, path: str) -> Iterable[bytes]:
 
 def _rows(file: Any, source: str, text_key: str) -> Iterator[bytes]:
     """Yield rows as JSON lines; bytes that are no UTF-8 become lone surrogates, which the worker finds."""
-    import pyarrow.parquet
 
     def text(value: Any) -> Any:
         return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value

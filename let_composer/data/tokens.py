@@ -1,6 +1,5 @@
 """One piece of input to the token ids of its documents, in a worker."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -25,19 +24,18 @@ UNLABELLED = "unlabelled"
 PROBLEMS_KEPT = 100
 LONGEST = 64 << 20  # bytes of a document, which takes up to 100 times its size in memory
 
-_plan: Any
+_args: Any
 _tokenizer: Any
-_form: tuple[int, str]
 
 
-def start_worker(plan: Any, tokenizer: str, eos_id: int, dtype: str) -> None:
+def start_worker(args: Any, tokenizer: str) -> None:
     """Prepare a process that outlives no killed parent; only the parent answers Ctrl-C, which reaches both."""
-    global _plan, _tokenizer, _form
+    global _args, _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _plan, _tokenizer, _form = plan, Tokenizer.from_str(tokenizer), (eos_id, dtype)
+    _args, _tokenizer = args, Tokenizer.from_str(tokenizer)
     _tokenizer.no_truncation()
     _tokenizer.no_padding()
     # A document that contains "<|endoftext|>" must not be able to end itself.
@@ -46,12 +44,12 @@ def start_worker(plan: Any, tokenizer: str, eos_id: int, dtype: str) -> None:
 
 def tokenize(piece: Piece) -> tuple[dict[str, tuple[int, int, np.ndarray]], list[str], Counter[str]]:
     """Return documents, their bytes and ids for each ``"subset/split"``; what could not be read; how much of a kind."""
-    (eos_id, dtype), problems, counts = _form, [], Counter()
+    problems, counts = list[str](), Counter[str]()
     streams: dict[str, list[tuple[int, np.ndarray]]] = defaultdict(list)
     for stream, text, size in _documents(piece, problems, counts):
         # Without the offsets that encode works out. One by one is quicker than in batches.
         (encoding,) = _tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        streams[stream].append((size, np.array([*encoding.ids, eos_id], dtype)))
+        streams[stream].append((size, np.array([*encoding.ids, _args.eos_id], _args.dtype)))
     found = {}
     for stream, documents in streams.items():
         sizes, ids = zip(*documents, strict=True)
@@ -64,45 +62,40 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
 
     def problem(line: int, kind: str, message: str) -> None:
         found = f"{piece.path}, line {line}: {kind}: {message[:200]}"
-        if _plan.on_error == "stop":
+        if _args.on_error == "stop":
             raise ValueError(found)
         counts[kind] += 1
         if len(problems) < PROBLEMS_KEPT:
             problems.append(found)
 
     if piece.damage:
-        problem(piece.first_line + piece.payload.count(b"\n"), *piece.damage)
+        problem(piece.first_line + piece.payload.count(b"\n"), "damaged file", piece.damage)
     for number, line in enumerate(io.BytesIO(piece.payload), piece.first_line):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
-            text = row.get(_plan.text_key) if isinstance(row, dict) else None
+            text = row.get(_args.text_key) if isinstance(row, dict) else None
             content = text.encode() if isinstance(text, str) else None  # lone surrogates are an error
-            subset = _subset(row) if _plan.by_subset and content else ""
+            subset = _subset(row) if _args.by_subset and content else ""
         except UnicodeError as error:
             problem(number, "invalid UTF-8", str(error))
         except (ValueError, RecursionError) as error:
             problem(number, "invalid JSON", str(error))
         else:
             if content is None:
-                got = f"one with {', '.join(row)}" if isinstance(row, dict) else str(row)
-                expected = f"an object with a string under {_plan.text_key!r}"
-                problem(number, "no text", f"expected {expected}, got {got[:80]}")
+                got = str(list(row) if isinstance(row, dict) else row)[:80]
+                problem(number, "no text", f"expected an object with a string under {_args.text_key!r}, got {got}")
             elif not text or text.isspace():
                 problem(number, "empty text", "the document holds no text")
             elif len(content) > LONGEST:
-                expected = f"at most {LONGEST} bytes a document"
-                problem(number, "too long", f"expected {expected}, got {len(content)}: split it")
+                problem(number, "too long", f"expected at most {LONGEST} bytes, got {len(content)}: split it")
             else:
                 place = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
-                yield f"{subset}/{SPLITS[place < _plan.validation]}", text, len(content)
+                yield f"{subset}/{SPLITS[place < _args.validation]}", text, len(content)
 
 
 def _subset(row: dict[str, Any]) -> str:
     meta = row.get("meta")
-    if isinstance(meta, str):
-        with contextlib.suppress(ValueError):
-            meta = json.loads(meta)
     name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
     return name.encode().decode() if isinstance(name, str) else UNLABELLED

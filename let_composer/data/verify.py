@@ -19,16 +19,15 @@ __all__ = ["add_arguments", "run", "verify"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take the command line's arguments."""
     parser.add_argument("out", metavar="OUT", help="what let-composer prepare made, local or remote")
-    parser.add_argument("--samples", type=int, default=2, help="how many of each split to print as text (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    verify(args.out, args.samples)
+    verify(args.out)
 
 
-def verify(out: str, samples: int = 2) -> dict[str, int]:
-    """Read every shard of ``out`` back and print ``samples`` of each split; returns tokens read for each."""
+def verify(out: str) -> dict[str, int]:
+    """Read every shard of ``out`` back and print the first sample of each split; returns tokens read for each."""
     manifest, why_not = read_manifest(out)
     if manifest is None:
         raise ValueError(f"Nothing to verify in {out}: {why_not}.")
@@ -40,8 +39,8 @@ def verify(out: str, samples: int = 2) -> dict[str, int]:
             read[where] += len(sample)
             if (largest := int(sample.max())) >= manifest["tokenizer"]["vocabulary_size"]:
                 raise ValueError(f"{where}: token {largest} is not in the tokenizer's vocabulary.")
-            if number < samples:
-                print(f"--- {where}, sample {number}:\n{tokenizer.decode(sample.tolist())}\n")
+            if number == 0:
+                print(f"--- {where}, sample 0:\n{tokenizer.decode(sample.tolist())}\n")
         if read[where] != counts["tokens"]:
             raise ValueError(f"{where}: the manifest says {counts['tokens']} tokens, read {read[where]}.")
         print(f"{where}: {counts['samples']:,} samples, {read[where]:,} tokens, hashes right.", file=sys.stderr)

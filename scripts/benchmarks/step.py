@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,8 +67,8 @@ class _Clock(Callback):
 class _Endless(LET):
     """Guides although the student has caught up, as it has at once with a teacher of random weights."""
 
-    def report(self, sums: Mapping[str, torch.Tensor], weight: float) -> dict[str, float]:
-        values = super().report(sums, weight)
+    def report(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        values = super().report(sums)
         self.ends_early = ""
         return values
 
@@ -81,7 +80,7 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     let = cast(dict[str, Any], om.to_container(config.algorithms.let, resolve=True))
     torch.manual_seed(0)
     model = build_model(config, {"init_device": "cpu"})
-    source = teacher_config(let.get("teacher", LET().options.teacher))
+    source = teacher_config(let.get("teacher", LET().teacher))
     if isinstance(source, str):
         source = AutoConfig.from_pretrained(source)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -167,9 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     config = load(args.yaml, args.overrides)
     hardware = HARDWARE.get(args.gpu)
-    plan = make_plan(config, 1, args.gpu, hardware, 0.4)
+    plan = make_plan(config, 1, hardware, 0.4)
     command = {"yaml": args.yaml, "overrides": args.overrides, "rounds": args.rounds, "steps": args.steps}
-    report = {"command": command, "machine": machine(), "plan": asdict(plan)}
+    report = {"command": command, "machine": machine(), "plan": plan}
     for found in measure(config, args.rounds, args.steps):
         print(table(found, plan, hardware), flush=True)
         if args.out:

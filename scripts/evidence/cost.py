@@ -19,7 +19,7 @@ def main(out: Path) -> None:
     hours, memory = {}, {}
     for name in ("let_1b4", "let_7b"):
         with quiet():
-            plan = make_plan(load(f"yamls/{name}.yaml", []), 32, "h100", HARDWARE["h100"], 0.4)
+            plan = make_plan(load(f"yamls/{name}.yaml", []), 32, HARDWARE["h100"], 0.4)
         assert plan.hours is not None
         label = f"{plan.run}\n{plan.teacher_name}"
         alone, teacher = plan.hours / (1 + plan.break_even_tokens / plan.tokens), plan.memory["teacher"]

@@ -203,7 +203,7 @@ def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job],
 
     is_itself = own is baseline
     ends = [[seed["final_loss"] for seed in row["seeds"]] for row in summary["arms"]]
-    gains = [None if end is None else start - end for start, end in zip(*ends, strict=True)]
+    gains = [start - end for start, end in zip(*ends, strict=True)]
     return SimpleNamespace(
         group=group,  # table or method
         arm=arm,  # by its name for people
