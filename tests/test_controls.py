@@ -8,7 +8,7 @@ from controls import DeepSupervision, LabelSmoothing  # scripts/evidence/control
 
 @pytest.mark.parametrize(
     ("control", "smoothing", "factor"),
-    [(LabelSmoothing(0.1), 0.1, 1.0), (DeepSupervision(student_layer=-1, stop="1dur", anneal="constant"), 0.0, 2.0)],
+    [(LabelSmoothing(), 0.1, 1.0), (DeepSupervision(student_layer=-1, stop="1dur", anneal="constant"), 0.0, 2.0)],
 )
 def test_the_loss_is_that_of_torch(control, smoothing, factor, tokenizer, train):
     """Deep supervision of the last block is the model's own loss once more."""

@@ -31,10 +31,10 @@ WRAPPINGS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture
 def run(train, tokenizer, teacher_folder):
-    def run(algorithm: Any = None, **overrides: Any) -> Any:
-        algorithm = LET(teacher_folder, **GUIDED) if algorithm is None else algorithm
+    def run(method: Any = LET, guidance: Any = None, **overrides: Any) -> Any:
+        algorithms = [method(teacher_folder, **{**GUIDED, **(guidance or {})})] if method else []
         options = {"device": "gpu", "max_duration": "5ba", "data": build_data(tokenizer, ragged=True), **overrides}
-        return train(*([algorithm] if algorithm else []), **options)
+        return train(*algorithms, **options)
 
     return run
 
@@ -55,39 +55,27 @@ def test_every_wrapping_trains_as_the_cpu_does(run, wrapping):
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
-def test_microbatches_give_the_gradient_of_the_batch(run, teacher_folder, implementation):
+def test_microbatches_give_the_gradient_of_the_batch(run, implementation):
     whole, parts = (
-        run(LET(teacher_folder, implementation=implementation, **GUIDED), device_train_microbatch_size=size)
-        for size in (8, 2)
+        run(guidance={"implementation": implementation}, device_train_microbatch_size=size) for size in (8, 2)
     )
     for name, value in parameters(whole).items():
         torch.testing.assert_close(parameters(parts)[name], value, rtol=1e-4, atol=1e-5)
 
 
 @each_weight
-def test_mixed_precision(run, teacher_folder, weight):
-    found, exact = (
-        run(LET(teacher_folder, **{**GUIDED, "weight": weight}), precision=precision)
-        for precision in ("amp_bf16", "fp32")
-    )
-    assert losses(found) == pytest.approx(losses(exact), abs=5e-2)
+@pytest.mark.parametrize(("options", "off"), [({"precision": "amp_bf16"}, 5e-2), ({"compile_config": {}}, 5e-3)])
+def test_mixed_precision_and_a_compiled_student(run, weight, options, off):
+    found, plain = (run(guidance={"weight": weight}, **more) for more in (options, {}))
+    assert losses(found) == pytest.approx(losses(plain), abs=off)
 
 
-def test_weight_zero_is_bit_identical_to_no_algorithm(run, teacher_folder):
-    with_, without = run(LET(teacher_folder, weight=0.0)), run(False)
-    assert_equal(parameters(with_), parameters(without))
+def test_weight_zero_is_bit_identical_to_no_algorithm(run):
+    assert_equal(parameters(run(guidance={"weight": 0.0})), parameters(run(None)))
 
 
 @each_weight
-def test_compiled_student(run, teacher_folder, weight):
-    compiled, plain = (
-        run(LET(teacher_folder, **{**GUIDED, "weight": weight}), compile_config=config) for config in ({}, None)
-    )
-    assert losses(compiled) == pytest.approx(losses(plain), abs=5e-3)
-
-
-@each_weight
-def test_a_guided_microbatch_never_waits_for_the_device(run, teacher_folder, tokenizer, weight):
+def test_a_guided_microbatch_never_waits_for_the_device(run, weight):
     class Strict(LET):
         def apply(self, event: Event, state: State, logger: Logger) -> None:
             strict = event in (Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.AFTER_LOSS)
@@ -97,35 +85,33 @@ def test_a_guided_microbatch_never_waits_for_the_device(run, teacher_folder, tok
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    found = run(Strict(teacher_folder, **{**GUIDED, "weight": weight}), data=build_data(tokenizer, ragged=True))
-    assert len(metrics(found, "let/loss")) == 3
+    assert len(metrics(run(Strict, {"weight": weight}), "let/loss")) == 3
 
 
 def test_memory_after_the_stop_is_that_of_a_run_without(run):
-    def allocated(algorithm: Any) -> int:
-        trainer = run(algorithm)
+    def allocated(method: Any) -> int:
+        trainer = run(method)
         torch.cuda.synchronize()
         size = torch.cuda.memory_allocated()
         trainer.close()
         return size
 
-    without = allocated(False)
-    assert abs(allocated(None) - without) <= 2**20
+    without = allocated(None)
+    assert abs(allocated(LET) - without) <= 2**20
 
 
-def test_running_out_of_memory_is_retried_with_a_smaller_microbatch(train, tokenizer, teacher_folder):
+def test_running_out_of_memory_is_retried_with_a_smaller_microbatch(run, tokenizer):
     """Composer's own search, made to fail by a cap on memory that the whole batch does not fit under."""
 
     def fit(size: int | str) -> tuple[list[float], int, int]:
         """Losses, the microbatch in the end, and the most memory."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        trainer = train(
-            LET(teacher_folder, stop="2ba", weight=1.0),
+        trainer = run(
+            guidance={"stop": "2ba", "normalize_teacher": "none"},
             model=build_student(tokenizer, d_model=512, n_heads=8),
             data=build_data(tokenizer, batch_size=128, samples=256),
             device_train_microbatch_size=size,
-            device="gpu",
             max_duration="2ba",
         )
         trainer.close()
@@ -148,16 +134,8 @@ def test_running_out_of_memory_is_retried_with_a_smaller_microbatch(train, token
 
 @pytest.mark.parametrize("config", [FSDPConfig, FSDP2Config], ids=["fsdp1", "fsdp2"])
 def test_sharded_checkpoints_resume_as_if_never_stopped(run, tmp_path, config):
-    def part(folder: str, **options: Any) -> Any:
-        return run(
-            parallelism_config={"fsdp": config(state_dict_type="sharded")},
-            run_name="run",
-            save_interval="2ba",
-            save_folder=str(tmp_path / folder),
-            **options,
-        )
-
-    whole = part("whole")
-    resumed = part("resumed", load_path=str(tmp_path / "whole" / "ep0-ba2"))
+    sharded = {"fsdp": config(state_dict_type="sharded")}
+    whole = run(parallelism_config=sharded, run_name="run", save_interval="2ba", save_folder=str(tmp_path))
+    resumed = run(parallelism_config=sharded, load_path=str(tmp_path / "ep0-ba2"))
     assert losses(resumed) == pytest.approx(losses(whole)[2:], abs=1e-5)
     assert metrics(resumed, "let/loss") == pytest.approx(metrics(whole, "let/loss")[2:], abs=1e-5)

@@ -349,7 +349,7 @@ def test_in_the_interpreter():
 LIMITS = {"forward": (96, 128, 4), "backward": (80, 112, 4)}
 
 
-# A sample of the grid that loss.py --compile-report --pairs all --worst goes through, the default side first.
+# A sample of the grid that loss.py --compile-report --pairs all goes through, the default side first.
 @compiled_only
 @pytest.mark.parametrize(
     ("pair", "architectures", "options"),
@@ -385,8 +385,6 @@ def test_compiled_kernels(pair, architectures, options):
             assert row["loads"].get(128, 0) > 0 or student < teacher, row
         if row["resize"] == "-":
             assert 128 in row["loads"] and 16 not in row["loads"], row
-    lines = benchmark.report_table(benchmark.worst(rows)).splitlines()
-    assert len(lines) == 2 + len({(row["kernel"], row["resize"], row["sm"]) for row in rows})
 
 
 @compiled_only

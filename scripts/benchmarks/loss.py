@@ -25,13 +25,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pandas as pd
 import torch
-from machine import ceilings, machine, timed
+from machine import machine
+from matplotlib.figure import Figure
 from torch._functorch import config as functorch
 
 from let_composer.cli import told
@@ -41,11 +42,8 @@ from let_composer.loss import alignment, reference
 PAIRS = ["2048/768", "4096/2048", "2048/2048", "2048/576", "768/128"]  # student/teacher width
 TOKENS = [8192, 65536, 16384]
 METHODS = ["ours", "eager", "compiled"]  # our kernels, the reference, torch.compile of the reference
-PASSES = ("forward", "backward")
 
-
-# --- the compile report: what ptxas makes of the kernels, no GPU needed ---
-
+# For the compile report
 ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
 WIDTHS = (64, 256, 768, 2048, 8192)
 
@@ -57,14 +55,15 @@ def compiling(architecture: int) -> Iterator[list]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    found, run = [], triton.JITFunction.run
+    found, run, device = [], triton.JITFunction.run, Mock()
+    device.get_current_device.return_value = architecture
+    device.get_current_stream.return_value = 0
+    device.get_current_target.return_value = GPUTarget("cuda", architecture, 32)
 
     def compile_only(self, *args, **kwargs):
         found.append((self, run(self, *args, **kwargs | {"warmup": True})))
 
-    device = {"device": architecture, "stream": 0, "target": GPUTarget("cuda", architecture, 32)}
-    functions: Any = SimpleNamespace(**{f"get_current_{name}": lambda *_, v=v: v for name, v in device.items()})
-    with patch.object(driver, "active", functions), patch.object(triton.JITFunction, "run", compile_only):
+    with patch.object(driver, "active", device), patch.object(triton.JITFunction, "run", compile_only):
         yield found
 
 
@@ -106,113 +105,114 @@ def compile_report(
     return list(rows.values())
 
 
-def worst(rows: list[dict]) -> list[dict]:
-    """The most of every kind of kernel over all pairs of widths, and the pair of the most registers."""
-    kind = ["kernel", "resize", "student", "normalized", "sm"]
-    most = ["registers", "spilled", "shared", "instructions", "barriers"]
-    groups: Any = pd.DataFrame(rows).groupby(kind, sort=False)
-    return [group.loc[group.registers.idxmax()].to_dict() | group[most].max().to_dict() for _, group in groups]
-
-
 def _inspect(compiled) -> dict:
-    """Registers and the like from the binary; accesses of a thread to global memory, by bits, from the PTX."""
+    """Registers and the like from the binary; barriers, and what a thread loads and stores, by bits, from the PTX."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [tool, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert found is not None, text
-    registers, stack, shared, local = map(int, found.groups())
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(\w[\w.]*)", text, re.MULTILINE)
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    ptx = compiled.asm["ptx"]
     row: dict[str, Any] = {
-        "registers": registers,
-        "spilled": stack + local,
-        "shared": shared,
-        "instructions": len(opcodes) - opcodes.count("NOP"),
-        "barriers": sum(opcode.startswith("BAR") for opcode in opcodes),
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": used["SHARED"],
+        "barriers": ptx.count("bar.sync"),
     }
     for name, instruction in (("loads", "ld"), ("stores", "st")):
-        accesses = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", compiled.asm["ptx"])
+        accesses = re.findall(rf"\b{instruction}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)\b", ptx)
         row[name] = dict(sorted(Counter(int(vector or 1) * int(bits) for vector, bits in accesses).items()))
     return row
 
 
-def report_table(rows: list[dict]) -> str:
-    table: Any = pd.DataFrame(rows)
-    for column in ("loads", "stores"):
-        table[column] = [", ".join(f"{count}x{bits}" for bits, count in cell.items()) for cell in table[column]]
-    return table.to_markdown(index=False)
-
-
-# --- the benchmark ---
-
-
 def method(name: str, options: argparse.Namespace) -> Callable:
-    """A function of student, teacher, mask and a vector or None that serves as mean and deviation."""
-    if name == "ours":
-        return lambda student, teacher, mask, mean: alignment(
-            student, teacher, mask, mean, mean, options.resize, options.implementation
-        )
+    """A function of what :func:`inputs` makes."""
 
-    def eager(student, teacher, mask, mean):
-        return reference.alignment(student, teacher, mask, mean, mean, options.resize)
+    def ours(student, teacher, mask, mean, std):
+        return alignment(student, teacher, mask, mean, std, options.resize, options.implementation)
+
+    def eager(student, teacher, mask, mean, std):
+        return reference.alignment(student, teacher, mask, mean, std, options.resize)
 
     functorch.donated_buffer = False  # so that a backward can run again and again
     torch._dynamo.reset()  # or sizes that were seen before make it compile for any size
-    return eager if name == "eager" else torch.compile(eager, dynamic=False)
+    return {"ours": ours, "eager": eager, "compiled": torch.compile(eager, dynamic=False)}[name]
 
 
 def inputs(tokens: int, pair: str, options: argparse.Namespace) -> tuple[Any, ...]:
-    """Student, teacher, mask, and mean or None."""
+    """Student, teacher, mask, and the teacher's mean and deviation, which are one vector or None."""
     (student, teacher), device = map(int, pair.split("/")), options.device
     torch.manual_seed(0)
+    mean = torch.rand(teacher, device=device) + 0.5 if options.normalize else None
     return (
         torch.randn(tokens, student, device=device).to(getattr(torch, options.dtype)).requires_grad_(),
         torch.randn(tokens, teacher, device=device).bfloat16(),
         torch.rand(tokens, device=device) < 0.8,
-        torch.rand(teacher, device=device) + 0.5 if options.normalize else None,
+        mean,
+        mean,
     )
 
 
-def gate(function: Callable, eager: Callable, states: tuple[Any, ...], what: str) -> None:
+def gate(name: str, pair: str, options: argparse.Namespace) -> None:
     """Stop unless loss and gradient are those of the reference in fp64, up to a rounding."""
 
-    def run(f, student, *others):
+    def run(name, student, *others):
         leaf = student.detach().requires_grad_()
-        loss = f(leaf, *others)[0]
+        loss = method(name, options)(leaf, *others)[0]
         return loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()
 
-    student, teacher, *others = states
-    truth, truth_grad = run(eager, student.double(), teacher.double(), *others)
-    loss, grad = run(function, *states)
+    student, teacher, *others = inputs(257 if options.device == "cuda" else 31, pair, options)
+    truth, truth_grad = run("eager", student.double(), teacher.double(), *others)
+    loss, grad = run(name, student, teacher, *others)
     error = (grad - truth_grad).norm() / truth_grad.norm()
     # A GPU rounds to half an eps, Triton's interpreter cuts bf16.
     allowed = torch.finfo(student.dtype).eps * (0.5 if loss.is_cuda else 1) + 1e-3
     if (loss - truth).abs() > 1e-4 or not error < allowed:
-        raise SystemExit(f"{what}: wrong result (gradient error {error:.1e}); nothing was timed.")
+        raise SystemExit(f"{pair}, {name}: wrong result (gradient error {error:.1e}); nothing was timed.")
+
+
+def timed(step: Callable[[], object], options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of a call: median, 20th and 80th percentile. On CUDA the L2 cache is emptied before every call."""
+    step()  # which may compile
+    quantiles = [0.5, 0.2, 0.8]
+    if options.device == "cuda":
+        import triton.testing
+
+        found: Any = triton.testing.do_bench(step, rep=options.repeats, quantiles=quantiles)
+    else:
+        found = 1e3 * np.quantile(timeit.repeat(step, number=1, repeat=options.repeats), quantiles)
+    return dict(zip(("ms", "ms_p20", "ms_p80"), map(float, found), strict=True))
+
+
+def ceilings(options: argparse.Namespace) -> dict[str, float]:
+    """What this device reaches, to compare with: a large copy (bytes read and written) and a square matmul."""
+    size, width = (2**30, 8192) if options.device == "cuda" else (2**24, 256)
+    source = torch.ones(size, dtype=torch.uint8, device=options.device)
+    target, square = torch.empty_like(source), torch.randn(width, width, device=options.device).bfloat16()
+    return {
+        "copy_gb_per_s": 2 * size / 1e6 / timed(lambda: target.copy_(source), options)["ms"],
+        "bf16_matmul_tflop_per_s": 2 * width**3 / 1e9 / timed(lambda: square @ square, options)["ms"],
+    }
 
 
 def measure(function: Callable, states: tuple[Any, ...], options: argparse.Namespace) -> list[dict]:
     """Time the passes of one method at one size."""
-    student, teacher, mask, _ = states
+    student, teacher, mask, *_ = states
     found = function(*states)
     steps: dict[str, Callable] = {
         "forward": lambda: function(*states),
         "backward": lambda: torch.autograd.grad(found[0], student, retain_graph=True),
     }
-    student_bytes, teacher_bytes = (states.shape[-1] * states.element_size() for states in (student, teacher))
-    compulsory = {
-        "forward": student_bytes + teacher_bytes + 1 + 12,  # states, mask, what is saved
-        "backward": 2 * student_bytes + teacher_bytes + 12,  # states and gradient, what was saved
+    compulsory = {  # states, mask or gradient, and what is saved
+        "forward": student.nbytes + teacher.nbytes + mask.nbytes + 12 * len(mask),
+        "backward": student.nbytes + teacher.nbytes + student.nbytes + 12 * len(mask),
     }
     rows = []
     for which, step in steps.items():
-        ms, low, high = timed(step, options.device, options.repeats)
-        row = {"pass": which, "ms": ms, "ms_p20": low, "ms_p80": high}
-        row["gb_per_s"] = len(mask) * compulsory[which] / 1e6 / ms
+        row = {"pass": which, **timed(step, options)}
+        row["gb_per_s"] = compulsory[which] / 1e6 / row["ms"]
         if options.device == "cuda":
             torch.cuda.synchronize()
             row["host_ms"] = timeit.timeit(step, number=20) / 20 * 1e3
@@ -228,17 +228,16 @@ def measure(function: Callable, states: tuple[Any, ...], options: argparse.Names
 
 
 def benchmark(options: argparse.Namespace) -> dict:
-    path = options.out / "loss.json"
+    """Measure what OUT/loss.json does not hold yet, and print the table."""
+    path, about = options.out / "loss.json", machine()
     decisive = ("resize", "dtype", "normalize", "device", "implementation", "repeats")
     how = {key: getattr(options, key) for key in decisive}
-    report = json.loads(path.read_text()) if path.exists() else {}
-    about = machine()
-    if report.get("how") != how or any(report["machine"][key] != about[key] for key in about if key != "date"):
-        report = {"machine": about, "how": how, "ceilings": ceilings(options.device), "results": []}
+    report = json.loads(path.read_text()) if path.exists() else {"machine": {}, "how": {}}
+    if report["how"] != how or report["machine"] | {"date": about["date"]} != about:
+        report = {"machine": about, "how": how, "ceilings": ceilings(options), "results": []}
     print(json.dumps(report["ceilings"]), flush=True)
     for pair, name in itertools.product(options.pairs, options.methods):
-        small = inputs(257 if options.device == "cuda" else 31, pair, options)
-        gate(method(name, options), method("eager", options), small, f"{pair}, {name}")
+        gate(name, pair, options)
     for tokens, pair, name in itertools.product(options.tokens, options.pairs, options.methods):
         cell = {"pair": pair, "tokens": tokens, "method": name}
         if any(cell.items() <= row.items() for row in report["results"]):
@@ -257,33 +256,24 @@ def benchmark(options: argparse.Namespace) -> dict:
 
 def draw(report: dict, path: Path) -> None:
     """One picture: share of the copy bandwidth over tokens; a column for each width pair, a row for each pass."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found: Any = pd.DataFrame(report["results"])
     pairs = list(found.pair.unique())
-    size = (3 * len(pairs) + 1, 6)
-    figure, panels = pyplot.subplots(2, len(pairs), figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(3 * len(pairs) + 1, 6), layout="tight")
+    panels = figure.subplots(2, len(pairs), sharex=True, sharey=True, squeeze=False)
     for (which, pair), rows in found.groupby(["pass", "pair"]):
-        panel = panels[PASSES.index(which)][pairs.index(pair)]
+        panel = panels[("forward", "backward").index(which)][pairs.index(pair)]
         rows.pivot(index="tokens", columns="method", values="share").plot(ax=panel, marker="o", logx=True)
         panel.set(title=f"student/teacher {pair}, {which}", ylabel="share of copy bandwidth")
     panels[0][0].set_ylim(bottom=0)  # last: once it is set, the shared axis does not grow
-    about, how = report["machine"], ", ".join(f"{key} {value}" for key, value in report["how"].items())
-    figure.suptitle(
-        f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {how}", fontsize=9, wrap=True
-    )
-    figure.tight_layout()
+    about = report["how"] | {key: report["machine"][key] for key in ("device", "torch", "triton")}
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in about.items()), fontsize=9, wrap=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile-report", action="store_true", help="print how the kernels compile, as markdown")
-    parser.add_argument("--worst", action="store_true", help="of the compile report, the most over all pairs alone")
+    parser.add_argument("--compile-report", action="store_true", help="how the kernels compile, the worst first")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loss"), help="folder of JSON and picture")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="S/T", help="student/teacher widths, or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
@@ -297,8 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.compile_report:
         pairs = [f"{a}/{b}" for a in WIDTHS for b in WIDTHS] if options.pairs == ["all"] else options.pairs
-        rows = compile_report(pairs, dtype=options.dtype, normalized=options.normalize)
-        print(report_table(worst(rows) if options.worst else rows))
+        table = pd.DataFrame(compile_report(pairs, dtype=options.dtype, normalized=options.normalize))
+        print(table.sort_values(["spilled", "registers"], ascending=False).to_markdown(index=False))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here. Use --compile-report, or --device cpu for a smoke run.")

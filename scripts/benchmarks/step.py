@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from composer import Callback, DataSpec, Event, Logger, State, Trainer
+from composer import Callback, Logger, State, Trainer
 from machine import machine
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
@@ -39,6 +39,7 @@ from let_composer.planning import HARDWARE, Hardware, Plan, make_plan
 __all__ = ["build", "main", "measure", "table"]
 
 KINDS = ("plain", "guided", "after stop")
+WARMUP = 2  # first steps of each turn that do not count
 
 
 class _Clock(Callback):
@@ -46,21 +47,21 @@ class _Clock(Callback):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
-        self._start = 0.0
+        self.start = 0.0
 
-    def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        if event not in (Event.AFTER_DATALOADER, Event.BATCH_END):
-            return
-        cuda = torch.cuda.is_available()
-        if cuda:
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if event == Event.BATCH_END:
-            step = {"seconds": time.perf_counter() - self._start, "microbatch": state.device_train_microbatch_size}
-            self.steps.append(step | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None})
-            return
-        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        self._start = time.perf_counter()
+        self.start = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        peak = None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        seconds, size = time.perf_counter() - self.start, state.device_train_microbatch_size
+        self.steps.append({"seconds": seconds, "microbatch": size, "peak_gib": peak})
 
 
 class _Endless(LET):
@@ -74,10 +75,9 @@ class _Endless(LET):
 
 def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     """The YAML's student, LET's options with a teacher in ``folder`` of its shape, and the smaller vocabulary."""
-    options = (config.get("algorithms") or {}).get("let")
-    if options is None:
+    if om.select(config, "algorithms.let") is None:
         raise ValueError("expected a YAML with algorithms.let: what is measured is its cost.")
-    let = cast(dict[str, Any], om.to_container(options, resolve=True))
+    let = cast(dict[str, Any], om.to_container(config.algorithms.let, resolve=True))
     torch.manual_seed(0)
     model = build_model(config, {"init_device": "cpu"})
     source = teacher_config(let.get("teacher", LET().teacher))
@@ -88,32 +88,25 @@ def build(config: DictConfig, folder: str) -> tuple[Any, dict[str, Any], int]:
     return model, {**let, "teacher": folder}, min(source.vocab_size, model.model.config.vocab_size)
 
 
-def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Iterator[pd.DataFrame]:
-    """Time the three kinds of steps of a training YAML; yields a row for every step so far after every round.
-
-    ``steps`` are those of each kind in a round; of each turn the first ``warmup`` do not count.
-    """
-    if steps <= warmup or rounds < 1:
-        raise ValueError(f"expected at least one round of more than {warmup} steps, got {rounds} of {steps}.")
+def measure(config: DictConfig, rounds: int, steps: int) -> Iterator[pd.DataFrame]:
+    """Time so many steps of each kind in each round; after every round yields a row for every step so far."""
+    if steps <= WARMUP or rounds < 1:
+        raise ValueError(f"expected at least one round of more than {WARMUP} steps, got {rounds} of {steps}.")
     found, clock = list[dict[str, Any]](), _Clock()
     if not torch.cuda.is_available():  # all that FSDP needs to run without: Composer asks CUDA for the device
         torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     with tempfile.TemporaryDirectory() as folder:
         model, options, vocabulary = build(config, folder)
         batch = int(config.global_train_batch_size)
-        rows = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
+        ids = torch.randint(vocabulary, (batch * 2 * steps, int(config.max_seq_len)))
+        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
         # Constant, so that every guided step does the same work.
         let = _Endless(**{**options, "stop": f"{steps}ba", "anneal": "constant"})
         fsdp = om.to_container(config.fsdp_config, resolve=True) if config.get("fsdp_config") else None
-        if fsdp is None and torch.cuda.is_available():
-            model = model.cuda()
         trainer = Trainer(
             model=model,
             optimizers=torch.optim.SGD(model.parameters(), lr=1e-6),
-            train_dataloader=DataSpec(
-                DataLoader(cast(Any, rows), batch_size=batch, collate_fn=_collate, drop_last=True),
-                get_num_tokens_in_batch=lambda batch: batch["input_ids"].numel(),
-            ),
+            train_dataloader=DataLoader(rows, batch_size=batch),
             algorithms=let,
             callbacks=clock,
             max_duration=f"{2 * steps}ba",
@@ -131,7 +124,7 @@ def measure(config: DictConfig, rounds: int, steps: int, warmup: int = 2) -> Ite
                 trainer.state.algorithms = algorithms
                 trainer.fit(duration=f"{steps * len(kinds)}ba", reset_time=True)
                 for index, kind in enumerate(kinds):
-                    kept = clock.steps[index * steps + warmup : (index + 1) * steps]
+                    kept = clock.steps[index * steps + WARMUP : (index + 1) * steps]
                     found += [{"kind": kind, "round": number, **step} for step in kept]
             yield pd.DataFrame(found)
         trainer.close()
@@ -161,8 +154,8 @@ def table(found: pd.DataFrame, plan: Plan, hardware: Hardware | None) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> pd.DataFrame:
-    """Command line; returns what it measured."""
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", help="a training YAML of llm-foundry with algorithms.let")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for scripts/train.py")
@@ -175,19 +168,11 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     hardware = HARDWARE.get(args.gpu)
     plan = make_plan(config, 1, hardware, 0.4)
     command = {"yaml": args.yaml, "overrides": args.overrides, "rounds": args.rounds, "steps": args.steps}
-    found = pd.DataFrame()
+    report = {"command": command, "machine": machine(), "plan": plan}
     for found in measure(config, args.rounds, args.steps):
         print(table(found, plan, hardware), flush=True)
         if args.out:
-            steps = found.to_dict("records")
-            report = {"command": command, "machine": machine(), "steps": steps, "plan": plan}
-            write_json(args.out.with_suffix(".json"), report)
-    return found
-
-
-def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    ids = torch.stack(rows)
-    return {"input_ids": ids, "labels": ids}
+            write_json(args.out.with_suffix(".json"), report | {"steps": found.to_dict("records")})
 
 
 if __name__ == "__main__":

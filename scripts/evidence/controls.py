@@ -7,74 +7,57 @@ from composer import Algorithm, Event, Logger, State
 from llmfoundry.registry import algorithms
 
 from let_composer.annealing import Anneal, Schedule
-from let_composer.objective import logits_of, loss_generating, plus
-from let_composer.student import Capture, resolve_layer
+from let_composer.objective import plus
+from let_composer.student import resolve_layer
 
 __all__ = ["DeepSupervision", "LabelSmoothing"]
 
 
+@algorithms.register("deep_supervision")
 class DeepSupervision(Algorithm):
     """The next token's cross-entropy at an early block of an MPT with tied embeddings, through its last norm and head.
+    Its weight starts at 1, where both gradients are about as long at the block.
 
     Args:
         student_layer: As LET's.
-        weight: At the start. At 1 both gradients are about as long at the block.
         stop: As LET's.
         anneal: As LET's.
     """
 
-    def __init__(
-        self, student_layer: int = 3, weight: float = 1.0, stop: str = "0.5dur", anneal: Anneal = "linear"
-    ) -> None:
-        self.layer, self.weight = student_layer, weight
-        self.schedule = Schedule(stop, anneal)
-        self.capture: Capture | None = None
+    def __init__(self, student_layer: int = 3, stop: str = "0.5dur", anneal: Anneal = "linear") -> None:
+        self.layer, self.schedule = student_layer, Schedule(stop, anneal)
+        self.hidden: Any = None
 
     def match(self, event: Event, state: State) -> bool:
         """While it is not over."""
-        known = event in (Event.FIT_START, Event.BEFORE_FORWARD, Event.AFTER_LOSS)
-        return known and not self.schedule.over(state.timestamp)
+        return event in (Event.FIT_START, Event.AFTER_LOSS) and not self.schedule.over(state.timestamp)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Listen to the block; add to the loss."""
+        model: Any = state.model
         if event == Event.FIT_START:
             assert state.max_duration is not None
             self.schedule.resolve(state.max_duration, None)
-            self.capture = Capture(resolve_layer(state.model, self.layer)[1])
+            resolve_layer(model, self.layer)[1].register_forward_hook(self._keep)
             return
-        assert self.capture is not None
-        if event == Event.BEFORE_FORWARD:
-            self.capture.arm()
-            return
-        model: Any = state.model
-        student = model.model.transformer
-        logits = F.linear(student.norm_f(self.capture.take()), student.wte.weight)
-        labels = state.batch["labels"]
+        student, labels = model.model.transformer, state.batch["labels"]
+        logits = F.linear(student.norm_f(self.hidden), student.wte.weight)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        state.loss = plus(state.loss, self.schedule.weight(state.timestamp, self.weight) * loss)
+        state.loss = plus(state.loss, self.schedule.weight(state.timestamp, 1.0) * loss)
+
+    def _keep(self, block: Any, inputs: Any, outputs: Any) -> None:
+        self.hidden = outputs[0]
 
 
+@algorithms.register("label_smoothing_lm")
 class LabelSmoothing(Algorithm):
-    """A share of every target is spread evenly over the vocabulary.
-
-    Args:
-        share: From 0 to 1.
-    """
-
-    def __init__(self, share: float = 0.1) -> None:
-        self.share = share
+    """A tenth of every target is spread evenly over the vocabulary of an MPT."""
 
     def match(self, event: Event, state: State) -> bool:
-        """After the loss."""
-        return event == Event.AFTER_LOSS
+        """Once."""
+        return event == Event.FIT_START
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Mix the loss with that of an even target."""
-        mask = loss_generating(state.batch["labels"])
-        even = -logits_of(state.outputs)[mask].float().log_softmax(dim=-1).mean()
-        loss: Any = state.loss
-        state.loss = plus((1 - self.share) * loss, self.share * even)
-
-
-algorithms.register("deep_supervision", func=DeepSupervision)
-algorithms.register("label_smoothing_lm", func=LabelSmoothing)
+        """Have the model's own loss do it."""
+        model: Any = state.model
+        model.loss_fn.label_smoothing = 0.1

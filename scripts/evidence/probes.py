@@ -33,19 +33,14 @@ def losses(model: nn.Module, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
 
 
-def code(tokenizer: str) -> Tensor:
-    """Tokens of Python code, ``[ROWS, LENGTH]``."""
-    files = sorted(Path(nn.__file__).parent.glob("modules/*.py"))
-    ids = AutoTokenizer.from_pretrained(tokenizer)("".join(file.read_text() for file in files))["input_ids"]
-    return torch.tensor(ids[: ROWS * LENGTH]).view(ROWS, LENGTH)
-
-
 def measure(experiment: sweep.DictConfig) -> dict[tuple[str, int], dict[str, float]]:
     """The figures of each finished run, by arm and seed."""
     from llmfoundry.models.mpt import MPTForCausalLM
 
     runs, found, jobs = Path(experiment.runs), {}, sweep.plan(experiment)
-    text = code(jobs[0].config.tokenizer.name)
+    code = "".join(file.read_text() for file in sorted(Path(nn.__file__).parent.glob("modules/*.py")))
+    ids = AutoTokenizer.from_pretrained(jobs[0].config.tokenizer.name)(code)["input_ids"]
+    text = torch.tensor(ids[: ROWS * LENGTH]).view(ROWS, LENGTH)
     shuffled = text.flatten()[torch.randperm(text.numel(), generator=torch.Generator().manual_seed(17))]
     twice = shuffled.view(-1, LENGTH // 2)[:ROWS].repeat(1, 2)
     for job in jobs:
