@@ -1,10 +1,10 @@
 """Load, check, freeze, place and run the teacher: the body of a small pretrained decoder."""
 
+import contextlib
 import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from let_composer.masks import block_diagonal, positions
-from let_composer.pretrained import build, download, load, load_config
+from let_composer.pretrained import build, load, load_config, locate
 from let_composer.ranks import check_same, everywhere
 from let_composer.student import Capture, blocks_passed, find_blocks, matmul_parameters
 from let_composer.teacher_checks import check_causal, check_finite, check_head, fingerprint, separates_documents
@@ -204,7 +204,7 @@ class Teacher:
             self.body.reshard()
         return output.last_hidden_state if self._capture is None else self._capture.take()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _explain_lack_of_memory(self, body: Callable[[], Any], remedy: str) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info(self._device) if self._device.type == "cuda" else (0, 0)
         try:
@@ -241,10 +241,12 @@ def load_teacher(
         ValueError: As :class:`Teacher`, if the vocabularies differ, or if the ranks have different teachers.
     """
     first = dist.get_local_rank() == 0
-
-    def fetch() -> None:
-        if first:
-            download(name)
+    if dist.get_world_size() > 1:
+        # Composer gives every node the same file name: those that share a folder for temporary files need their own.
+        folder = f"{tempfile.gettempdir()}/let-composer-{os.getuid()}-node{dist.get_node_rank()}"
+        with dist.busy_wait_for_local_rank_zero(folder), contextlib.suppress(ValueError):  # start raises it everywhere
+            if first:
+                locate(name)
 
     def start() -> Teacher:
         theirs = read_vocabulary(name, trust_remote_code)
@@ -252,13 +254,6 @@ def load_teacher(
         check_vocabulary(vocabulary, theirs, teacher.rows, name)
         return teacher
 
-    if dist.get_world_size() == 1:
-        fetch()
-        return start()
-    # Composer gives every node the same file name: where nodes share a folder for temporary files, they need their own.
-    folder = f"{tempfile.gettempdir()}/let-composer-{os.getuid()}-node{dist.get_node_rank()}"
-    with dist.busy_wait_for_local_rank_zero(folder):
-        fetch()
     teacher = everywhere(name, start)
     head_mark = fingerprint(("", p) for p in teacher._head if p is not None)
     found = dist.all_gather_object((f"{teacher.fingerprint}-{head_mark}", teacher.separates_documents))
@@ -280,7 +275,7 @@ def build_body(name: str | PretrainedConfig, layer: int = -1, trust_remote_code:
     Raises:
         ValueError: If there is no such model or layer.
     """
-    config: Any = load_config(name, trust_remote_code) if isinstance(name, str) else name
+    config: Any = load_config(name, trust_remote_code, weights=False) if isinstance(name, str) else name
     body = build(config, trust_remote_code)
     _cut(name if isinstance(name, str) else config.model_type, body, layer)
     return body.eval().requires_grad_(False)
