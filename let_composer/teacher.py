@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from let_composer.masks import block_diagonal, positions
 from let_composer.pretrained import build, load, load_config, locate
 from let_composer.ranks import check_same, everywhere
-from let_composer.student import Capture, blocks_passed, find_blocks, matmul_parameters
+from let_composer.student import DEPTH_KEYS, Capture, blocks_passed, find_blocks, matmul_parameters
 from let_composer.teacher_checks import check_causal, check_finite, check_head, fingerprint, separates_documents
 from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
@@ -290,7 +290,7 @@ def _cut(name: str, body: Any, layer: int) -> Capture | None:
     if passed == len(blocks):
         return None
     del blocks[passed:]
-    for key in ("num_hidden_layers", "n_layers", "n_layer"):
+    for key in DEPTH_KEYS:
         if hasattr(body.config, key):
             setattr(body.config, key, passed)
     return Capture(blocks[-1])
