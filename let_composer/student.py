@@ -3,7 +3,6 @@
 import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from let_composer.balance import measured
@@ -164,14 +163,10 @@ def matmul_parameters(model: nn.Module) -> int:
 
     A tied embedding counts once, because the LM head multiplies with it. Experts of an MoE layer all count.
     """
-    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
-    for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        weight = getattr(get_head(), "weight", None) if callable(get_head) else None
-        if isinstance(weight, torch.Tensor):
-            return count + (weight.numel() if id(weight) in tables else 0)
-    return count
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    tied = {id(getattr(head, "weight", None)) for head in heads}
+    return sum(p.numel() for p in model.parameters() if id(p) not in tables - tied)
 
 
 def _depth(model: nn.Module) -> int | None:
