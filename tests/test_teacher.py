@@ -15,14 +15,6 @@ from let_composer.teacher_checks import fingerprint
 from let_composer.vocabulary import check_vocabulary, read_vocabulary, student_vocabulary
 
 
-def test_it_is_frozen_in_eval_mode_and_passes_no_gradient(teacher_folder):
-    teacher = Teacher(teacher_folder)
-    assert not teacher.body.training
-    assert not any(p.requires_grad for p in teacher.body.parameters())
-    assert {p.dtype for p in teacher.body.parameters()} == {torch.float32}
-    assert not teacher.hidden(torch.zeros(1, 4, dtype=torch.long)).requires_grad
-
-
 @pytest.mark.parametrize(("layer", "blocks"), [(1, 1), (-2, 1), (2, 2), (-1, 2)])
 def test_a_middle_layer_drops_the_blocks_behind_it(teacher_folder, layer, blocks):
     teacher = Teacher(teacher_folder, layer=layer)

@@ -75,11 +75,13 @@ def family(request, tmp_path_factory) -> Any:
     return request.param, model, Teacher(str(folder), head=True)
 
 
-def test_states_and_logits_are_the_models_own_and_can_be_had_in_parts(family):
+def test_states_and_logits_are_the_models_own_frozen_and_can_be_had_in_parts(family):
     _, model, teacher = family
+    assert not teacher.body.training and not any(p.requires_grad for p in teacher.body.parameters())
     ids = torch.randint(0, 99, (2, 8))
     expected = model(ids, output_hidden_states=True)
     torch.testing.assert_close(teacher.hidden(ids), expected.hidden_states[-1])
+    assert not teacher.hidden(ids).requires_grad
     torch.testing.assert_close(teacher.project(teacher.hidden(ids)), expected.logits)
     torch.testing.assert_close(teacher.project(teacher.hidden(ids)[:, 2:5]), expected.logits[:, 2:5])
     head = model.get_output_embeddings()
