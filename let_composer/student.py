@@ -164,7 +164,7 @@ def matmul_parameters(model: nn.Module) -> int:
     A tied embedding counts once, because the LM head multiplies with it. Experts of an MoE layer all count.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    heads = [getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules()]
     tied = {id(getattr(head, "weight", None)) for head in heads}
     return sum(p.numel() for p in model.parameters() if id(p) not in tables - tied)
 

@@ -22,6 +22,8 @@ from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
 __all__ = ["Placement", "Teacher", "build_body", "load_teacher"]
 
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
 Placement = Literal["replicate", "shard"]
 
 
@@ -84,7 +86,8 @@ class Teacher:
             dtype = torch.bfloat16 if cuda else torch.float32
             body, model = load(name, dtype, target, trust_remote_code, head)
         model.eval().requires_grad_(False)
-        self.context = _context_length(body.config)
+        lengths = (getattr(body.config, key, None) for key in _CONTEXT_KEYS)
+        self.context = next((length for length in lengths if isinstance(length, int)), None)
         self.rows = body.get_input_embeddings().weight.shape[0]
         self._capture = _cut(name, body, layer)
         self.body = body
@@ -294,10 +297,3 @@ def _cut(name: str, body: Any, layer: int) -> Capture | None:
         if hasattr(body.config, key):
             setattr(body.config, key, passed)
     return Capture(blocks[-1])
-
-
-def _context_length(config: PretrainedConfig) -> int | None:
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(length := getattr(config, key, None), int):
-            return length
-    return None
