@@ -33,8 +33,7 @@ def locate(name: str, trust_remote_code: bool = False, weights: bool = True) -> 
     Of a hub model it is in the hub's cache, which is filled first where there is a network.
 
     Args:
-        name: As in :class:`let_composer.teacher.Teacher`.
-        trust_remote_code: As there.
+        name, trust_remote_code: As in :class:`let_composer.teacher.Teacher`.
         weights: Whether the weights are to be downloaded, too. Default: ``True``.
 
     Raises:
@@ -168,12 +167,7 @@ def build(config: Any, trust_remote_code: bool) -> Any:
 def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, head: bool) -> tuple[Any, Any]:
     """The body, and the model that it is in; that has an LM head if it is wanted.
 
-    Args:
-        name: As in :class:`let_composer.teacher.Teacher`.
-        dtype: Of the weights.
-        device: Where the weights go, without a stop in the host's memory.
-        trust_remote_code: As in :class:`let_composer.teacher.Teacher`.
-        head: Whether the LM head is wanted.
+    The weights go to ``device`` without a stop in the host's memory.
 
     Raises:
         ValueError: As :func:`load_config`, or if the weights are incomplete or cannot be read.

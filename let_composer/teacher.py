@@ -75,9 +75,8 @@ class Teacher:
         cuda = self._device.type == "cuda"
         self.separates_documents = False
         if check and cuda:
-            checked = Teacher(name, layer=layer, head=head, trust_remote_code=trust_remote_code)
-            self.separates_documents = checked.separates_documents
-            del checked
+            on_cpu = {"layer": layer, "head": head, "trust_remote_code": trust_remote_code}
+            self.separates_documents = Teacher(name, **on_cpu).separates_documents
         target = self._device if placement == "replicate" else torch.device("cpu")
         with self._explain_lack_of_memory(
             lambda: build_body(name, layer, trust_remote_code),
@@ -98,7 +97,7 @@ class Teacher:
         self.head_parameters = sum(p.numel() for p in self._head if p is not None)
         self.fingerprint = fingerprint(body.named_parameters())
         if check and not cuda:
-            check_finite(name, *(m for m in (body, output) if m is not None))
+            check_finite(name, model if head else body)
             check_causal(self)
             if head:
                 check_head(self, model)
@@ -234,11 +233,8 @@ def load_teacher(
     one rank is raised on all.
 
     Args:
-        name: As in :class:`Teacher`.
+        name, placement, trust_remote_code, options: As in :class:`Teacher`; here ``"shard"`` shards it at once.
         vocabulary: The student's, id to token; empty if unknown.
-        placement: As in :class:`Teacher`; ``"shard"`` shards it, over the ranks of each node.
-        trust_remote_code: As in :class:`Teacher`.
-        options: Further ones of :class:`Teacher`.
 
     Raises:
         ValueError: As :class:`Teacher`, if the vocabularies differ, or if the ranks have different teachers.
@@ -247,7 +243,7 @@ def load_teacher(
     if dist.get_world_size() > 1:
         # Composer gives every node the same file name: those that share a folder for temporary files need their own.
         folder = f"{tempfile.gettempdir()}/let-composer-{os.getuid()}-node{dist.get_node_rank()}"
-        with dist.busy_wait_for_local_rank_zero(folder), contextlib.suppress(ValueError):  # start raises it everywhere
+        with dist.busy_wait_for_local_rank_zero(folder), contextlib.suppress(Exception):  # start raises it everywhere
             if first:
                 locate(name)
 
@@ -272,8 +268,7 @@ def build_body(name: str | PretrainedConfig, layer: int = -1, trust_remote_code:
 
     Args:
         name: As in :class:`Teacher`; or a configuration, then nothing is read.
-        layer: As in :class:`Teacher`.
-        trust_remote_code: As in :class:`Teacher`.
+        layer, trust_remote_code: As there.
 
     Raises:
         ValueError: If there is no such model or layer.

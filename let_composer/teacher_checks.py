@@ -27,9 +27,9 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return content.hexdigest()[:12]
 
 
-def check_finite(name: str, *modules: nn.Module) -> None:
+def check_finite(name: str, module: nn.Module) -> None:
     """Raise a ValueError where weights are NaN or infinite."""
-    parameters = [item for module in modules for item in module.named_parameters()]
+    parameters = list(module.named_parameters())
     bad = [path for path, p in parameters if not torch.stack(torch.aminmax(p.detach())).isfinite().all()]
     if bad:
         raise ValueError(

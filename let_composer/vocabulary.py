@@ -28,8 +28,7 @@ def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str
     """The teacher's vocabulary, id to token, or ``None`` if it comes without a tokenizer.
 
     Args:
-        name: As in :class:`let_composer.teacher.Teacher`.
-        trust_remote_code: As there.
+        name, trust_remote_code: As in :class:`let_composer.teacher.Teacher`.
 
     Raises:
         ValueError: If there is a tokenizer that cannot be read.

@@ -46,13 +46,7 @@ FAMILIES = {
 }
 WAITING = {"opt", "mixtral", "dynamic", "longrope"}  # families for which the host waits, as the docstring says
 HYBRID = transformers.JambaConfig(
-    **SIZES,
-    attn_layer_period=2,
-    attn_layer_offset=1,
-    expert_layer_period=2,
-    num_experts=2,
-    use_mamba_kernels=False,
-    mamba_dt_rank=4,
+    **SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False, mamba_dt_rank=4
 )
 
 
