@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import LENGTH, VOCABULARY, Sizes
 from transformers import AutoModel, BertConfig, DistilBertConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 from let_composer.masks import needs_mask
-from let_composer.teacher import Teacher
+from let_composer.teacher import Teacher, build_body
 from let_composer.teacher_checks import fingerprint
 from let_composer.vocabulary import check_vocabulary, read_vocabulary, student_vocabulary
 
@@ -118,6 +119,23 @@ def test_no_such_teacher(monkeypatch, tmp_path, name, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         Teacher(name)
+
+
+def test_a_hub_model_is_fetched_as_far_as_it_is_needed_or_is_what_the_cache_has(teacher_folder, monkeypatch, caplog):
+    snapshot = Mock(return_value=teacher_folder)
+    files = ["config.json", "model.safetensors", "README.md"]
+    answers = Mock(side_effect=[files, files, ConnectionError("no network")])
+    monkeypatch.setattr("let_composer.pretrained.snapshot_download", snapshot)
+    monkeypatch.setattr("let_composer.pretrained.HfApi.list_repo_files", answers)
+    build_body("owner/planned")
+    snapshot.assert_called_with(repo_id="owner/planned", revision=None, allow_patterns=["config.json"])
+    assert Teacher("owner/trained@main").fingerprint == Teacher(teacher_folder).fingerprint
+    snapshot.assert_called_with(
+        repo_id="owner/trained", revision="main", allow_patterns=["model.safetensors", "config.json"]
+    )
+    Teacher("owner/cached")
+    snapshot.assert_called_with(repo_id="owner/cached", revision=None, local_files_only=True)
+    assert "'owner/cached' could not be downloaded, the hub's cache is used: no network" in caplog.text
 
 
 def test_incomplete_weights_are_refused(teacher_folder, tmp_path):
