@@ -14,8 +14,8 @@ import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
+from let_composer.configuration import quiet
 from let_composer.student import find_blocks
 
 __all__ = ["build", "load", "load_config", "locate", "wanted"]
@@ -46,13 +46,18 @@ def locate(name: str, trust_remote_code: bool = False, weights: bool = True) -> 
         if gguf or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"there is no teacher at {name!r} (looked for {path.absolute()}). Check the path.")
         path = _fetch(name, weights)
-    if gguf and find_spec("gguf") is None:
-        raise ValueError(
-            f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
-        )
-    for file in [path] if gguf else sorted(path / file for file in wanted(file.name for file in path.glob("*"))):
+    if gguf:
+        if find_spec("gguf") is None:
+            raise ValueError(
+                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
+            )
+        files, folder, options = [path], path.parent, {"gguf_file": path.name}
+    else:
+        files = sorted(path / file for file in wanted(file.name for file in path.glob("*")))
+        folder, options = path, {"trust_remote_code": trust_remote_code}
+    for file in files:
         _check_file(file, name)
-    return (path.parent, {"gguf_file": path.name}) if gguf else (path, {"trust_remote_code": trust_remote_code})
+    return folder, options
 
 
 def wanted(files: Iterable[str]) -> list[str]:
@@ -191,21 +196,18 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     options |= {"torch_dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
         options["device_map"] = {"": device}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
     try:
-        model, missing = _load(kinds[0], folder, options)
-        if missing and len(kinds) > 1:  # or it has other names in the body than in the whole model, as gemma3_text has
-            with contextlib.suppress(ValueError):  # there may be no such class
-                whole = _load(kinds[1], folder, options)
-                model, missing = (model, missing) if whole[1] else whole
+        with quiet():  # transformers reports the LM head as unused; what matters is checked below
+            model, missing = _load(kinds[0], folder, options)
+            if missing and len(kinds) > 1:  # or its body has other names than in the whole model, as gemma3_text has
+                with contextlib.suppress(ValueError):  # there may be no such class
+                    whole = _load(kinds[1], folder, options)
+                    model, missing = (model, missing) if whole[1] else whole
     except (OSError, RuntimeError, EOFError, ImportError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\nModel type should be one of")[0]  # and then come hundreds
         raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {reason}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     output = model.get_output_embeddings()
     of_head = next((f"{name}." for name, module in model.named_modules() if module is output), "")
     if head and missing and of_head and all(key.startswith(of_head) for key in missing):

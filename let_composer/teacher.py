@@ -22,8 +22,6 @@ from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
 __all__ = ["Placement", "Teacher", "build_body", "load_teacher"]
 
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-
 Placement = Literal["replicate", "shard"]
 
 
@@ -85,7 +83,7 @@ class Teacher:
             dtype = torch.bfloat16 if cuda else torch.float32
             body, model = load(name, dtype, target, trust_remote_code, head)
         model.eval().requires_grad_(False)
-        lengths = (getattr(body.config, key, None) for key in _CONTEXT_KEYS)
+        lengths = (getattr(body.config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
         self.context = next((length for length in lengths if isinstance(length, int)), None)
         self.rows = body.get_input_embeddings().weight.shape[0]
         self._capture = _cut(name, body, layer)
