@@ -179,9 +179,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     """
     config = load_config(name, trust_remote_code)
     folder, options = locate(name, trust_remote_code)
-    if _from_foundry(
-        config.to_dict()
-    ):  # exported with a copy of llm-foundry's code; the installed package is that code
+    if _from_foundry(config.to_dict()):  # its export has a copy of llm-foundry's code: the installed package is that
         from llmfoundry.models.layers.attention import is_flash_v2_installed
         from llmfoundry.models.mpt import MPTForCausalLM
 

@@ -31,10 +31,10 @@ def find_blocks(model: nn.Module, advice: str = _ADVICE) -> tuple[str, nn.Module
     Raises:
         ValueError: If there is no such list or no telling which one is meant.
     """
-    expected = _depth(model)
-    lists = [(path, blocks) for path, blocks in _lists(model).items() if len(blocks) == expected] or [
-        (path, blocks) for path, blocks in _lists(model).items() if len({_kind(block) for block in blocks}) == 1
-    ]
+    every, expected = _lists(model).items(), _depth(model)
+    as_long = [(path, blocks) for path, blocks in every if len(blocks) == expected]
+    of_a_kind = [(path, blocks) for path, blocks in every if len({_kind(block) for block in blocks}) == 1]
+    lists = as_long or of_a_kind
     if len(lists) == 1:
         return lists[0]
     found = ", ".join(f"{name} ({len(blocks)} x {_kind(blocks[0]).__name__})" for name, blocks in lists) or "none"
