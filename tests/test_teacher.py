@@ -125,6 +125,7 @@ def test_a_hub_model_is_fetched_as_far_as_it_is_needed_or_is_what_the_cache_has(
     snapshot = Mock(return_value=teacher_folder)
     files = ["config.json", "model.safetensors", "README.md"]
     answers = Mock(side_effect=[files, files, ConnectionError("no network")])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("let_composer.pretrained.snapshot_download", snapshot)
     monkeypatch.setattr("let_composer.pretrained.HfApi.list_repo_files", answers)
     build_body("owner/planned")
