@@ -1,23 +1,24 @@
 """Find, download and read pretrained decoders; where one cannot be read, say which file is at fault."""
 
 import contextlib
+import functools
 import json
 import logging
-import os
 import zipfile
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
+from let_composer.configuration import quiet
 from let_composer.student import find_blocks
 
-__all__ = ["build", "check_files", "download", "find_file", "load", "load_config", "source", "wanted"]
+__all__ = ["build", "load", "load_config", "locate", "wanted"]
 
 log = logging.getLogger(__name__)
 
@@ -26,127 +27,124 @@ _PACKAGES = {"awq": "autoawq", "gptq": "gptqmodel"}  # where the package is not 
 _POINTER = b"version https://git-lfs"
 
 
-def download(name: str) -> None:
-    """Bring the files that a teacher needs into the hub's cache; nothing to do for local ones, or offline.
+def locate(name: str, trust_remote_code: bool = False, weights: bool = True) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model, of which every file can be opened, and what else ``from_pretrained`` is to be told.
+
+    Of a hub model it is in the hub's cache, which is filled first where there is a network.
 
     Args:
-        name: As in :class:`let_composer.teacher.Teacher`.
+        name, trust_remote_code: As in :class:`let_composer.teacher.Teacher`.
+        weights: Whether the weights are to be downloaded, too. Default: ``True``.
+
+    Raises:
+        ValueError: If there is no such model, or the package to read it; or naming the file and its size, if one is
+            damaged, half downloaded or a pointer of git-lfs.
     """
-    path, revision = _split_revision(name)
-    if name.endswith(".gguf") or _looks_local(path) or constants.HF_HUB_OFFLINE:
-        return
-    try:
-        files = wanted(HfApi().list_repo_files(path, revision=revision))
-        snapshot_download(path, revision=revision, allow_patterns=files)
-    except Exception as error:  # then the cache has it all, or loading says what is missing
-        log.warning("teacher %r could not be downloaded, the hub's cache is used: %s", name, error)
+    path = Path(name).expanduser()
+    gguf = name.endswith(".gguf")
+    if not path.exists():
+        if gguf or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"there is no teacher at {name!r} (looked for {path.absolute()}). Check the path.")
+        path = _fetch(name, weights)
+    if gguf:
+        if find_spec("gguf") is None:
+            raise ValueError(
+                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
+            )
+        files, folder, options = [path], path.parent, {"gguf_file": path.name}
+    else:
+        files = sorted(path / file for file in wanted(file.name for file in path.glob("*")))
+        folder, options = path, {"trust_remote_code": trust_remote_code}
+    for file in files:
+        _check_file(file, name)
+    return folder, options
 
 
-def wanted(files: list[str]) -> list[str]:
-    """The files of a hub repository that loading reads: the weights in one format, configuration, tokenizer, code."""
+def wanted(files: Iterable[str]) -> list[str]:
+    """The files of a model that loading reads: the weights in one format, configuration, tokenizer, code."""
     files = [file for file in files if "/" not in file]
     weights = [file for file in files if file.startswith("model") and file.endswith(".safetensors")]
     weights = weights or [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
     return weights + [file for file in files if file.endswith(_TEXTS)]
 
 
-def source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is to be called with.
-
-    Raises:
-        ValueError: If a local path does not exist.
-    """
-    if name.endswith(".gguf"):
-        file = _require_path(name)
-        return str(file.parent), {"gguf_file": file.name}
-    path, revision = _split_revision(name)
-    if _looks_local(path):
-        _require_path(path)
-    return path, {"revision": revision, "trust_remote_code": trust_remote_code}
-
-
-def find_file(name: str, file: str) -> Path | None:
-    """One file of a model, from the hub if need be, or ``None`` if it has no such file."""
-    path, options = source(name, False)
-    if "gguf_file" in options or os.path.isdir(path):
-        found = Path(path, file)
-        return found if found.is_file() else None
+@functools.cache
+def _fetch(name: str, weights: bool) -> Path:
+    repository, _, revision = name.partition("@")  # no hub id holds one
+    repo: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     try:
-        return Path(
-            hf_hub_download(path, file, revision=options["revision"], local_files_only=constants.HF_HUB_OFFLINE)
-        )
-    except (OSError, ValueError):  # there is no such model or file, or no network
-        return None
+        if constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(**repo, local_files_only=True))
+        files = wanted(HfApi().list_repo_files(**repo))
+        if not weights:
+            files = [file for file in files if file.endswith(_TEXTS)]
+        return Path(snapshot_download(**repo, allow_patterns=files))
+    except Exception as error:
+        with contextlib.suppress(OSError, ValueError):
+            cached = Path(snapshot_download(**repo, local_files_only=True))
+            log.warning("teacher %r could not be downloaded, the hub's cache is used: %s", name, error)
+            return cached
+        raise _missing(name, error) from error
 
 
-def check_files(name: str) -> None:
-    """Open every file that loading will read.
-
-    Raises:
-        ValueError: Naming the file and its size, if it is damaged, half downloaded or a pointer of git-lfs; or the
-            package that is needed to read it.
-    """
-    path, options = source(name, False)
-    if file := options.get("gguf_file"):
-        files = [Path(path, file)]
-        if find_spec("gguf") is None:
-            raise ValueError(
-                f"teacher {name!r} is a GGUF file, which needs the package gguf: pip install 'let-composer[gguf]'"
-            )
-    else:
-        config = find_file(name, "config.json")
-        files = [] if config is None else sorted(config.parent / f for f in wanted(os.listdir(config.parent)))
-    for file in files:
-        with file.open("rb") as stream:
-            start = stream.read(len(_POINTER))
-        size = f"{file.name} of teacher {name!r} ({file.stat().st_size} bytes, in {file.parent})"
-        if start == _POINTER:
-            raise ValueError(f"{size} is a pointer of git-lfs, not the file itself. Run git lfs pull in that folder.")
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass
-            elif file.suffix == ".json":
-                json.loads(file.read_bytes())
-            elif file.suffix == ".gguf":
-                from gguf import GGUFReader
-
-                GGUFReader(file)
-            elif file.suffix == ".bin" and not (zipfile.is_zipfile(file) or start.startswith(b"\x80")):
-                raise ValueError("it is neither a whole archive of torch nor an old pickle")
-        except (SafetensorError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"{size} is damaged, or only half of it was downloaded: {error}. Fetch it again."
-            ) from error
+def _missing(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"there is no teacher {name!r}: expected a model id on the hub, a folder with config.json, or a .gguf file. On "
+        f"a machine without a network, give a local path. ({error})"
+    )
 
 
-def load_config(name: str, trust_remote_code: bool) -> Any:
-    """The model's configuration.
+def _check_file(file: Path, name: str) -> None:
+    with file.open("rb") as stream:
+        start = stream.read(len(_POINTER))
+    size = f"{file.name} of teacher {name!r} ({file.stat().st_size} bytes, in {file.parent})"
+    if start == _POINTER:
+        raise ValueError(f"{size} is a pointer of git-lfs, not the file itself. Run git lfs pull in that folder.")
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix == ".json":
+            json.loads(file.read_bytes())
+        elif file.suffix == ".gguf":
+            from gguf import GGUFReader
+
+            GGUFReader(file)
+        elif file.suffix == ".bin" and not (zipfile.is_zipfile(file) or start.startswith(b"\x80")):
+            raise ValueError("it is neither a whole archive of torch nor an old pickle")
+    except (SafetensorError, ValueError, IndexError) as error:
+        raise ValueError(f"{size} is damaged, or only half of it was downloaded: {error}. Fetch it again.") from error
+
+
+def load_config(name: str, trust_remote_code: bool, weights: bool = True) -> Any:
+    """The model's configuration; the arguments are those of :func:`locate`.
 
     Raises:
-        ValueError: If there is no such model, it needs remote code, a package of its own or an adapter, or it is not a
+        ValueError: As :func:`locate`; or if it needs remote code, a package of its own or an adapter, or is not a
             decoder.
     """
-    path, options = source(name, trust_remote_code)
-    check_files(name)
-    if find_file(name, "adapter_config.json"):
+    folder, options = locate(name, trust_remote_code, weights)
+    if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"teacher {name!r} is a PEFT adapter (it has adapter_config.json). Without the adapter it would be another "
             "model. Merge it into its base (merge_and_unload), save the result, and give that folder."
         )
     try:
-        entries, _ = PretrainedConfig.get_config_dict(path, **options)
-        config = _foundry_config(entries) if _from_foundry(entries) else AutoConfig.from_pretrained(path, **options)
+        entries, _ = PretrainedConfig.get_config_dict(folder, **options)
+        if _from_foundry(entries):
+            from llmfoundry.models.mpt import MPTConfig
+
+            config: Any = MPTConfig.from_dict(entries)
+            config.attn_config["attn_uses_sequence_id"] = True  # whoever calls decides: without ids nothing changes
+        else:
+            config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"teacher {name!r} brings its own code, which is not run unless asked for. Read that code, then set "
                 "trust_remote_code: true, or choose a teacher that transformers knows."
             ) from error
-        raise ValueError(
-            f"there is no teacher {name!r}: expected a model id on the hub, a folder with config.json, or a .gguf "
-            f"file. On a machine without a network, give a local path. ({error})"
-        ) from error
+        raise _missing(name, error) from error
     if method := (entries.get("quantization_config") or {}).get("quant_method"):
         raise ValueError(
             f"teacher {name!r} is quantised with {method}, which needs the package {_PACKAGES.get(method, method)} and "
@@ -174,42 +172,40 @@ def build(config: Any, trust_remote_code: bool) -> Any:
 def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, head: bool) -> tuple[Any, Any]:
     """The body, and the model that it is in; that has an LM head if it is wanted.
 
-    Args:
-        name: As in :class:`let_composer.teacher.Teacher`.
-        dtype: Of the weights.
-        device: Where the weights go, without a stop in the host's memory.
-        trust_remote_code: As in :class:`let_composer.teacher.Teacher`.
-        head: Whether the LM head is wanted.
+    The weights go to ``device`` without a stop in the host's memory.
 
     Raises:
-        ValueError: If there is no such model, or its weights are incomplete or cannot be read.
+        ValueError: As :func:`load_config`, or if the weights are incomplete or cannot be read.
     """
     config = load_config(name, trust_remote_code)
-    foundry = _from_foundry(config.to_dict())
-    path, options = source(name, trust_remote_code)
+    folder, options = locate(name, trust_remote_code)
+    if _from_foundry(config.to_dict()):  # its export has a copy of llm-foundry's code: the installed package is that
+        from llmfoundry.models.layers.attention import is_flash_v2_installed
+        from llmfoundry.models.mpt import MPTForCausalLM
+
+        if not (dtype == torch.bfloat16 and is_flash_v2_installed()):
+            config.attn_config["attn_impl"] = "torch"
+        options["config"] = config
+        kinds = [MPTForCausalLM]
+    elif head or "gguf_file" in options:  # of GGUF files transformers knows the names of the whole model only
+        kinds = [AutoModelForCausalLM]
+    else:
+        kinds = [AutoModel, AutoModelForCausalLM]
     options |= {"torch_dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
         options["device_map"] = {"": device}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
     try:
-        if foundry:
-            model, missing = _load_foundry_mpt(path, config, options)
-        elif head or "gguf_file" in options:  # of GGUF files transformers knows the names of the whole model only
-            model, missing = _load(AutoModelForCausalLM, path, options)
-        else:
-            model, missing = _load(AutoModel, path, options)
-            if missing:  # or it has other names in the body than in the whole model, as gemma3_text has
+        with quiet():  # transformers reports the LM head as unused; what matters is checked below
+            model, missing = _load(kinds[0], folder, options)
+            if missing and len(kinds) > 1:  # or its body has other names than in the whole model, as gemma3_text has
                 with contextlib.suppress(ValueError):  # there may be no such class
-                    whole = _load(AutoModelForCausalLM, path, options)
+                    whole = _load(kinds[1], folder, options)
                     model, missing = (model, missing) if whole[1] else whole
     except (OSError, RuntimeError, EOFError, ImportError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\nModel type should be one of")[0]  # and then come hundreds
         raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {reason}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     output = model.get_output_embeddings()
     of_head = next((f"{name}." for name, module in model.named_modules() if module is output), "")
     if head and missing and of_head and all(key.startswith(of_head) for key in missing):
@@ -223,52 +219,16 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
             f"teacher {name!r} lacks {len(missing)} of the weights of {type(model).__name__} (for example "
             f"{missing[0]}) and would run with random ones. Is it a complete checkpoint in the Hugging Face format?"
         )
-    body = getattr(model, "transformer", model) if foundry else model.base_model
+    body = model.base_model
     if body is model and output is not None:  # its base_model_prefix names nothing
         body = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
     return body, model
 
 
-def _load(kind: Any, path: str, options: dict[str, Any]) -> tuple[Any, list[str]]:
-    model, loaded = kind.from_pretrained(path, **options)
+def _load(kind: Any, folder: Path, options: dict[str, Any]) -> tuple[Any, list[str]]:
+    model, loaded = kind.from_pretrained(folder, **options)
     return model, [*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])]
-
-
-def _load_foundry_mpt(path: str, config: Any, options: dict[str, Any]) -> tuple[Any, list[str]]:
-    # llm-foundry exports MPT models with a copy of its own code; the installed package is that code.
-    from llmfoundry.models.layers.attention import is_flash_v2_installed
-    from llmfoundry.models.mpt import MPTForCausalLM
-
-    if not (options["torch_dtype"] == torch.bfloat16 and is_flash_v2_installed()):
-        config.attn_config["attn_impl"] = "torch"
-    return _load(MPTForCausalLM, path, {**options, "config": config})
-
-
-def _foundry_config(entries: dict[str, Any]) -> Any:
-    from llmfoundry.models.mpt import MPTConfig
-
-    config: Any = MPTConfig.from_dict(entries)
-    config.attn_config["attn_uses_sequence_id"] = True  # whoever calls decides: without ids nothing changes
-    return config
 
 
 def _from_foundry(entries: dict[str, Any]) -> bool:
     return entries.get("model_type") == "mpt" and "ffn_config" in entries
-
-
-def _split_revision(name: str) -> tuple[str, str | None]:
-    if _looks_local(name):
-        return os.path.expanduser(name), None
-    path, _, revision = name.partition("@")  # no hub id holds one
-    return path, revision or None
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
-
-
-def _require_path(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise ValueError(f"there is no teacher at {name!r} (looked for {path.absolute()}). Check the path.")
-    return path

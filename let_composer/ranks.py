@@ -34,15 +34,7 @@ def everywhere(name: str, action: Callable[[], T]) -> T:
 
 
 def check_same(name: str, fingerprints: Sequence[str]) -> None:
-    """Refuse a teacher that is not the same everywhere.
-
-    Args:
-        name: The teacher, for the message.
-        fingerprints: Of every rank.
-
-    Raises:
-        ValueError: Naming the ranks that differ.
-    """
+    """Raise a ValueError if the teacher ``name`` has not the same fingerprint on every rank; it names them."""
     ranks: dict[str, list[int]] = {}
     for rank, mark in enumerate(fingerprints):
         ranks.setdefault(mark, []).append(rank)

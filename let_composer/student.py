@@ -1,18 +1,17 @@
 """Which module is block k of a decoder, and its output once per forward. The same for students and teachers."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from let_composer.balance import measured
 
-__all__ = ["Capture", "blocks_passed", "depth", "find_blocks", "matmul_parameters", "resolve_layer"]
+__all__ = ["DEPTH_KEYS", "Capture", "blocks_passed", "find_blocks", "matmul_parameters", "resolve_layer"]
 
 # Attributes under which FSDP1, activation checkpointing and torch.compile keep the module they wrap.
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+DEPTH_KEYS = ("num_hidden_layers", "n_layers", "n_layer")  # of configurations: how many blocks there are
 _ADVICE = "Name the block to use by its dotted path, for example student_layer: model.transformer.blocks.2"
 
 
@@ -32,14 +31,10 @@ def find_blocks(model: nn.Module, advice: str = _ADVICE) -> tuple[str, nn.Module
     Raises:
         ValueError: If there is no such list or no telling which one is meant.
     """
-    expected = depth(model)
-    lists = [
-        (name, blocks)
-        for name, blocks in _outermost_lists(model)
-        if len(blocks) == expected or len({_kind(b) for b in blocks}) == 1
-    ]
-    if len(lists) > 1:
-        lists = [(name, blocks) for name, blocks in lists if len(blocks) == expected] or lists
+    every, expected = _lists(model).items(), _depth(model)
+    as_long = [(path, blocks) for path, blocks in every if len(blocks) == expected]
+    of_a_kind = [(path, blocks) for path, blocks in every if len({_kind(block) for block in blocks}) == 1]
+    lists = as_long or of_a_kind
     if len(lists) == 1:
         return lists[0]
     found = ", ".join(f"{name} ({len(blocks)} x {_kind(blocks[0]).__name__})" for name, blocks in lists) or "none"
@@ -84,11 +79,11 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
         ValueError: If there is no such block or module.
     """
     if isinstance(layer, str):
-        module = _outermost(model, layer)
+        module = _modules(model).get(layer)
         if module is None:
-            names = [name for name, _ in _outermost_lists(model)]
             raise ValueError(
-                f"there is no module {layer!r} in {_kind(model).__name__}. Lists of modules in it: {', '.join(names)}."
+                f"there is no module {layer!r} in {_kind(model).__name__}. Lists of modules in it: "
+                f"{', '.join(_lists(model))}."
             )
         return layer, module
     path, blocks = find_blocks(model)
@@ -111,7 +106,7 @@ class Capture:
         self.armed = False
         self.hidden: Tensor | None = None
         self.sink: Tensor | None = None
-        self._handle = module.register_forward_hook(_Hook(self))
+        self._handle = module.register_forward_hook(self)
 
     def arm(self, sink: Tensor | None = None) -> None:
         """Keep the output of the next forward.
@@ -149,18 +144,14 @@ class Capture:
         self.clear()
         self._handle.remove()
 
-
-class _Hook:
-    def __init__(self, capture: Capture) -> None:
-        self._capture = capture
-
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self._capture.armed:
+        """The hook."""
+        if not self.armed:
             return None
-        self._capture.hidden = hidden = output[0] if isinstance(output, tuple) else output
-        if self._capture.sink is None or not hidden.requires_grad:
+        self.hidden = hidden = output[0] if isinstance(output, tuple) else output
+        if self.sink is None or not hidden.requires_grad:
             return None
-        hidden = measured(hidden, self._capture.sink)
+        hidden = measured(hidden, self.sink)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def __reduce__(self) -> tuple[Any, ...]:  # to a function that takes anything and returns None, of the library's
@@ -172,52 +163,39 @@ def matmul_parameters(model: nn.Module) -> int:
 
     A tied embedding counts once, because the LM head multiplies with it. Experts of an MoE layer all count.
     """
-    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
-    for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        weight = getattr(get_head(), "weight", None) if callable(get_head) else None
-        if isinstance(weight, torch.Tensor):
-            return count + (weight.numel() if id(weight) in tables else 0)
-    return count
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = [getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules()]
+    tied = {id(getattr(head, "weight", None)) for head in heads}
+    return sum(p.numel() for p in model.parameters() if id(p) not in tables - tied)
 
 
-def depth(model: nn.Module) -> int | None:
+def _depth(model: nn.Module) -> int | None:
     """Number of blocks that the model's configuration gives, or ``None`` if it gives none."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        for name in ("num_hidden_layers", "n_layers", "n_layer"):
+        for name in DEPTH_KEYS:
             if isinstance(number := getattr(config, name, None), int):
                 return number
     return None
 
 
-def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, child in module.named_children():
-        path = prefix if name in _WRAPPED else f"{prefix}.{name}" if prefix else name
-        if isinstance(child, nn.ModuleList) and len(child):
-            yield path, child
-        else:
-            yield from _outermost_lists(child, path)
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by their paths without the names of wrappers; of what is wrapped the outermost object."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():  # a wrapper comes before what it holds
+        found.setdefault(".".join(part for part in name.split(".") if part not in _WRAPPED), module)
+    return found
 
 
-def _outermost(module: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        children = dict(_unwrapped(module).named_children())
-        if name not in children:
-            return None
-        module = children[name]
-    return module
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while True:
-        children = dict(module.named_children())
-        inner = next((children[name] for name in _WRAPPED if name in children), None)
-        if inner is None:
-            return module
-        module = inner
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules that are in no other list."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in _modules(model).items():
+        if isinstance(module, nn.ModuleList) and len(module) and not path.startswith(tuple(f"{p}." for p in found)):
+            found[path] = module
+    return found
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    return type(_unwrapped(module))
+    wrapped = [child for name, child in module.named_children() if name in _WRAPPED]
+    return _kind(wrapped[0]) if wrapped else type(module)

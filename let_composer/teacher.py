@@ -1,10 +1,10 @@
 """Load, check, freeze, place and run the teacher: the body of a small pretrained decoder."""
 
+import contextlib
 import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from let_composer.masks import block_diagonal, positions
-from let_composer.pretrained import build, download, load, load_config
+from let_composer.pretrained import build, load, load_config, locate
 from let_composer.ranks import check_same, everywhere
-from let_composer.student import Capture, blocks_passed, find_blocks, matmul_parameters
+from let_composer.student import DEPTH_KEYS, Capture, blocks_passed, find_blocks, matmul_parameters
 from let_composer.teacher_checks import check_causal, check_finite, check_head, fingerprint, separates_documents
 from let_composer.vocabulary import check_vocabulary, read_vocabulary
 
@@ -73,9 +73,8 @@ class Teacher:
         cuda = self._device.type == "cuda"
         self.separates_documents = False
         if check and cuda:
-            checked = Teacher(name, layer=layer, head=head, trust_remote_code=trust_remote_code)
-            self.separates_documents = checked.separates_documents
-            del checked
+            on_cpu = {"layer": layer, "head": head, "trust_remote_code": trust_remote_code}
+            self.separates_documents = Teacher(name, **on_cpu).separates_documents
         target = self._device if placement == "replicate" else torch.device("cpu")
         with self._explain_lack_of_memory(
             lambda: build_body(name, layer, trust_remote_code),
@@ -84,7 +83,8 @@ class Teacher:
             dtype = torch.bfloat16 if cuda else torch.float32
             body, model = load(name, dtype, target, trust_remote_code, head)
         model.eval().requires_grad_(False)
-        self.context = _context_length(body.config)
+        lengths = (getattr(body.config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
+        self.context = next((length for length in lengths if isinstance(length, int)), None)
         self.rows = body.get_input_embeddings().weight.shape[0]
         self._capture = _cut(name, body, layer)
         self.body = body
@@ -95,7 +95,7 @@ class Teacher:
         self.head_parameters = sum(p.numel() for p in self._head if p is not None)
         self.fingerprint = fingerprint(body.named_parameters())
         if check and not cuda:
-            check_finite(name, *(m for m in (body, output) if m is not None))
+            check_finite(name, model if head else body)
             check_causal(self)
             if head:
                 check_head(self, model)
@@ -204,7 +204,7 @@ class Teacher:
             self.body.reshard()
         return output.last_hidden_state if self._capture is None else self._capture.take()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _explain_lack_of_memory(self, body: Callable[[], Any], remedy: str) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info(self._device) if self._device.type == "cuda" else (0, 0)
         try:
@@ -231,20 +231,19 @@ def load_teacher(
     one rank is raised on all.
 
     Args:
-        name: As in :class:`Teacher`.
+        name, placement, trust_remote_code, options: As in :class:`Teacher`; here ``"shard"`` shards it at once.
         vocabulary: The student's, id to token; empty if unknown.
-        placement: As in :class:`Teacher`; ``"shard"`` shards it, over the ranks of each node.
-        trust_remote_code: As in :class:`Teacher`.
-        options: Further ones of :class:`Teacher`.
 
     Raises:
         ValueError: As :class:`Teacher`, if the vocabularies differ, or if the ranks have different teachers.
     """
     first = dist.get_local_rank() == 0
-
-    def fetch() -> None:
-        if first:
-            download(name)
+    if dist.get_world_size() > 1:
+        # Composer gives every node the same file name: those that share a folder for temporary files need their own.
+        folder = f"{tempfile.gettempdir()}/let-composer-{os.getuid()}-node{dist.get_node_rank()}"
+        with dist.busy_wait_for_local_rank_zero(folder), contextlib.suppress(Exception):  # start raises it everywhere
+            if first:
+                locate(name)
 
     def start() -> Teacher:
         theirs = read_vocabulary(name, trust_remote_code)
@@ -252,13 +251,6 @@ def load_teacher(
         check_vocabulary(vocabulary, theirs, teacher.rows, name)
         return teacher
 
-    if dist.get_world_size() == 1:
-        fetch()
-        return start()
-    # Composer gives every node the same file name: where nodes share a folder for temporary files, they need their own.
-    folder = f"{tempfile.gettempdir()}/let-composer-{os.getuid()}-node{dist.get_node_rank()}"
-    with dist.busy_wait_for_local_rank_zero(folder):
-        fetch()
     teacher = everywhere(name, start)
     head_mark = fingerprint(("", p) for p in teacher._head if p is not None)
     found = dist.all_gather_object((f"{teacher.fingerprint}-{head_mark}", teacher.separates_documents))
@@ -274,13 +266,12 @@ def build_body(name: str | PretrainedConfig, layer: int = -1, trust_remote_code:
 
     Args:
         name: As in :class:`Teacher`; or a configuration, then nothing is read.
-        layer: As in :class:`Teacher`.
-        trust_remote_code: As in :class:`Teacher`.
+        layer, trust_remote_code: As there.
 
     Raises:
         ValueError: If there is no such model or layer.
     """
-    config: Any = load_config(name, trust_remote_code) if isinstance(name, str) else name
+    config: Any = load_config(name, trust_remote_code, weights=False) if isinstance(name, str) else name
     body = build(config, trust_remote_code)
     _cut(name if isinstance(name, str) else config.model_type, body, layer)
     return body.eval().requires_grad_(False)
@@ -295,14 +286,7 @@ def _cut(name: str, body: Any, layer: int) -> Capture | None:
     if passed == len(blocks):
         return None
     del blocks[passed:]
-    for key in ("num_hidden_layers", "n_layers", "n_layer"):
+    for key in DEPTH_KEYS:
         if hasattr(body.config, key):
             setattr(body.config, key, passed)
     return Capture(blocks[-1])
-
-
-def _context_length(config: PretrainedConfig) -> int | None:
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(length := getattr(config, key, None), int):
-            return length
-    return None

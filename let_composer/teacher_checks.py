@@ -18,11 +18,7 @@ _TOLERANCE = 1e-4  # of the largest value; fp32 in another order stays far below
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash over names, shapes and values. These are rounded to bf16 first, as some devices hold them so.
-
-    Args:
-        parameters: As from ``named_parameters()``.
-    """
+    """A short hash over names, shapes and values. These are rounded to bf16 first, as some devices hold them so."""
     content = hashlib.sha256()
     for name, p in parameters:
         chunks = p.detach().reshape(-1).split(_CHUNK)
@@ -31,13 +27,9 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return content.hexdigest()[:12]
 
 
-def check_finite(name: str, *modules: nn.Module) -> None:
-    """Refuse weights that are NaN or infinite.
-
-    Raises:
-        ValueError: Naming the first of them.
-    """
-    parameters = [item for module in modules for item in module.named_parameters()]
+def check_finite(name: str, module: nn.Module) -> None:
+    """Raise a ValueError where weights are NaN or infinite."""
+    parameters = list(module.named_parameters())
     bad = [path for path, p in parameters if not torch.stack(torch.aminmax(p.detach())).isfinite().all()]
     if bad:
         raise ValueError(
@@ -47,11 +39,7 @@ def check_finite(name: str, *modules: nn.Module) -> None:
 
 
 def check_causal(teacher: "Teacher") -> None:
-    """Refuse a teacher whose hidden states depend on later tokens, or are not finite.
-
-    Raises:
-        ValueError: If it is so.
-    """
+    """Raise a ValueError if the hidden states depend on later tokens, or are not finite."""
     ids = _random_ids(teacher)
     half = ids.shape[1] // 2
     before = teacher.hidden(ids)
@@ -70,15 +58,7 @@ def check_causal(teacher: "Teacher") -> None:
 
 @torch.no_grad()
 def check_head(teacher: "Teacher", model: Any) -> None:
-    """Refuse a teacher whose logits are not those of its own model.
-
-    Args:
-        teacher: A teacher with a head.
-        model: The model that its body is in.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """Raise a ValueError if the logits are not those of the ``model`` that the teacher's body and head are from."""
     ids = _random_ids(teacher)
     expected, found = model(input_ids=ids).logits, teacher.project(teacher.hidden(ids))
     if _differ(found, expected):

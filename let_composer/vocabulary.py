@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from let_composer.pretrained import check_files, find_file, source
+from let_composer.pretrained import locate
 
 __all__ = ["check_vocabulary", "read_vocabulary", "student_vocabulary"]
 
@@ -28,23 +28,21 @@ def read_vocabulary(name: str, trust_remote_code: bool = False) -> dict[int, str
     """The teacher's vocabulary, id to token, or ``None`` if it comes without a tokenizer.
 
     Args:
-        name: As in :class:`let_composer.teacher.Teacher`.
-        trust_remote_code: As there.
+        name, trust_remote_code: As in :class:`let_composer.teacher.Teacher`.
 
     Raises:
         ValueError: If there is a tokenizer that cannot be read.
     """
-    path, options = source(name, trust_remote_code)
-    check_files(name)
+    folder, options = locate(name, trust_remote_code)
     if "gguf_file" in options:
         from gguf import GGUFReader
 
-        tokens = GGUFReader(f"{path}/{options['gguf_file']}").fields.get("tokenizer.ggml.tokens")
+        tokens = GGUFReader(folder / options["gguf_file"]).fields.get("tokenizer.ggml.tokens")
         return None if tokens is None else dict(enumerate(tokens.contents()))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        if found := [file for file in _FILES if find_file(name, file)]:
+        if found := [file for file in _FILES if (folder / file).is_file()]:
             raise ValueError(
                 f"the tokenizer of teacher {name!r} cannot be read, so nobody knows whether its token ids mean the "
                 f"student's tokens. It has {', '.join(found)}. Is one damaged, or a package missing? ({error})"

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import loss as benchmark  # scripts/benchmarks/loss.py
 import pytest
@@ -97,34 +98,27 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 WIDTHS = [(1536, 576), (768, 128), (512, 512), (384, 1024), (57, 33), (33, 57), (300, 40)]
 MIXED = [(FP16,), (BF16, FP32), (FP32, BF16)]
 NORMALIZED = {(256, 256): "mean std", (256, 96): "mean std", (96, 256): "mean", (1, 8): "std", (8, 1): "mean std"}
+MASKS = [((2, 4), 0.0), ((2, 4), 0.2), ((2, 4), 1.0), ((0,), 1.0), ((2, 0), 1.0)]
 
 
 @on_device
 @both_sides
 @pytest.mark.parametrize(
-    ("widths", "dtypes", "names"),
+    ("widths", "dtypes", "names", "shape", "share"),
     [
-        *((widths, (dtype,), "") for widths in WIDTHS for dtype in (FP32, BF16)),
-        *(((128, 48), dtypes, "") for dtypes in MIXED),
-        *((widths, (FP32,), names) for widths, names in NORMALIZED.items()),
+        *((widths, (dtype,), "", (3,), 0.6) for widths in WIDTHS for dtype in (FP32, BF16)),
+        *(((128, 48), dtypes, "", (3,), 0.6) for dtypes in MIXED),
+        *((widths, (FP32,), names, (3,), 0.6) for widths, names in NORMALIZED.items()),
+        *(((64, 24), (FP32,), "", *mask) for mask in MASKS),
     ],
 )
-def test_values(device, widths, dtypes, names, resize):
-    mask = torch.tensor([True, False, True], device=device)
+def test_values(device, widths, dtypes, names, shape, share, resize):
+    mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share).to(device)
     mean = states((), widths[1], FP32, device, 3)
     statistics = {"mean": mean.bfloat16(), "std": mean.abs() + 0.5}
     given = {f"teacher_{name}": statistics[name] for name in names.split()}
-    _, grad = check(*pair(device, widths, *dtypes), mask, resize=resize, **given)
-    assert (grad[~mask] == 0).all()
-
-
-@on_device
-@pytest.mark.parametrize(("shape", "share"), [((2, 4), 0.0), ((2, 4), 0.2), ((2, 4), 1.0), ((0,), 1.0), ((2, 0), 1.0)])
-def test_masks(device, shape, share):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
-    found, grad = check(*pair(device, (64, 24), torch.float32, tokens=shape), mask.to(device))
-    if not mask.any():
-        assert found == 0 and (grad == 0).all()
+    found, grad = check(*pair(device, widths, *dtypes, tokens=shape), mask, resize=resize, **given)
+    assert (grad[~mask] == 0).all() and (mask.any() or found == 0)
 
 
 @on_device
@@ -140,12 +134,10 @@ def test_rows_without_a_direction(device, dtype, widths, resize):
     student[4, 7] = -torch.inf
     student[5] *= 1e-9
     teacher[6] *= 1e-9
-    if resize == "teacher" and widths != (24, 64):  # a skipped input of a wide teacher is not seen, by neither of both
-        _, grad = check(student, teacher, resize=resize)
-        assert (grad[:7] == 0).all() and (grad[7] != 0).any()
     expected, actual = (run(how, student, teacher, resize=resize) for how in ("torch", "triton"))
     rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-5, check_dtype=False)
+    assert torch.equal(actual[3].any(dim=-1), expected[3].any(dim=-1))  # rows pass a gradient or not a bit of it
 
 
 @on_device
@@ -274,16 +266,13 @@ def test_widest_rows(device):
 @on_device
 def test_the_door_chooses_the_kernels(device, monkeypatch):
     student, teacher = pair(device, (32, 32), torch.bfloat16)
-    called = []
-    original = kernels.alignment
-    monkeypatch.setattr(kernels, "alignment", lambda *args: called.append(1) or original(*args))
+    monkeypatch.setattr(kernels, "alignment", called := Mock(wraps=kernels.alignment))
     alignment_loss(student, teacher)
-    assert len(called) == (device == "cuda")
+    assert called.call_count == (device == "cuda")
     alignment_loss(student, teacher, implementation="triton")
-    assert len(called) == 1 + (device == "cuda")
     alignment_loss(student.double(), teacher)
     alignment_loss(student, teacher, implementation="torch")
-    assert len(called) == 1 + (device == "cuda")
+    assert called.call_count == 1 + (device == "cuda")
     with pytest.raises(ValueError, match="fp32, bf16 and fp16"):
         alignment_loss(student.double(), teacher, implementation="triton")
 
@@ -372,9 +361,8 @@ def test_compiled_kernels(pair, architectures, options):
     assert {row["resize"] for row in rows} == ({"-"} if student == teacher else {"student", "teacher"})
     for row in rows:
         *registers, barriers = LIMITS[row["kernel"]]
-        assert (
-            row["spilled"] == 0 and row["barriers"] <= barriers and row["registers"] <= registers[row["normalized"]]
-        ), row
+        assert row["spilled"] == 0 and row["barriers"] <= barriers, row
+        assert row["registers"] <= registers[row["normalized"]], row
         if student % 8 or teacher % 8:  # rows start where no vector can
             continue
         if row["kernel"] == "backward":

@@ -38,23 +38,6 @@ def interpolated(rows: Tensor, width: int) -> Tensor:
 # --- the definition ---
 
 
-@pytest.mark.parametrize("resize", ["teacher", "student"])
-@pytest.mark.parametrize("widths", [(8, 8), (12, 5), (5, 12), (7, 1), (1, 7)])
-def test_value_from_the_definition(widths, resize):
-    student, teacher = states(3, 4, widths[0]), states(3, 4, widths[1], seed=1)
-    mask = random_mask(3, 4)
-    mean, std = states(widths[1], seed=3), states(widths[1], seed=4).abs() + 0.5
-    loss = alignment_loss(student, teacher, mask, teacher_mean=mean, teacher_std=std, resize=resize)
-    teacher = (teacher - mean) / std
-    if resize == "teacher":
-        teacher = interpolated(teacher, widths[0])
-    else:
-        student = interpolated(student, widths[1])
-    assert loss.shape == () and loss.dtype == torch.float64
-    expected = -F.cosine_similarity(student, teacher, dim=-1)[mask].mean()
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("widths", [(8, 8), (12, 5), (5, 12)])
 @pytest.mark.parametrize("resize", ["teacher", "student"])
 def test_gradcheck(widths, resize):
@@ -68,23 +51,32 @@ def test_gradcheck(widths, resize):
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(0, 6),
+    shape=st.sampled_from([(3, 4), (1,), (6,), (0,), (2, 0)]),
     widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    share=st.sampled_from([0.0, 0.7, 1.0]),
     resize=st.sampled_from(["teacher", "student"]),
+    normalized=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(tokens, widths, resize, dtype, seed):
-    student, teacher = (states(tokens, width, seed=seed + i, dtype=dtype) for i, width in enumerate(widths))
-    mask = random_mask(tokens, share=0.7, seed=seed)
-    loss = alignment_loss(student, teacher, mask, resize=resize)
-    assert loss.dtype == torch.float32 and -1 - 1e-6 <= loss.item() <= 1 + 1e-6
-    expected = alignment_loss(student.double(), teacher.double(), mask, resize=resize)
-    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=1e-4)
-    assert mask.any() or loss == 0
-    grad = gradient(student, teacher, mask, resize=resize)
-    assert grad.dtype == dtype and torch.isfinite(grad).all() and (grad[~mask] == 0).all()
+def test_value_from_the_definition(shape, widths, share, resize, normalized, dtype, seed):
+    student, teacher = (states(*shape, width, seed=seed + i, dtype=dtype) for i, width in enumerate(widths))
+    mask = random_mask(*shape, share=share, seed=seed)
+    mean, std = (states(widths[1], seed=3), states(widths[1], seed=4).abs() + 0.5) if normalized else (None, None)
+    exact, target = student.double(), teacher.double()
+    loss = alignment(exact, target, mask, mean, std, resize).loss
+    if normalized:
+        target = (target - mean) / std
     width = widths[0] if resize == "teacher" else widths[1]
+    cosine = F.cosine_similarity(interpolated(exact, width), interpolated(target, width), dim=-1)
+    expected = -cosine[mask].mean() if mask.any() else torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    single = {"resize": resize, **({"teacher_mean": mean.float(), "teacher_std": std.float()} if normalized else {})}
+    loss = alignment_loss(student, teacher, mask, **single)
+    assert loss.dtype == torch.float32 and -1 - 1e-6 <= loss.item() <= 1 + 1e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=1e-4)
+    grad = gradient(student, teacher, mask, **single)
+    assert grad.dtype == dtype and torch.isfinite(grad).all() and (grad[~mask] == 0).all()
     constant = targets(teacher, mask, width)
     assert constant.shape == (width,) and constant.norm() <= mask.sum() * (1 + 1e-5)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from composer import Callback, Trainer
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from composer.utils.parallelism import FSDP2Config
 from conftest import allow_fsdp_without_cuda, assert_close, build_data, build_trainer, load_tokenizer, spawn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -26,22 +26,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 COMPILED = {"compile_config": {"backend": "aot_eager"}}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "ddp_shard_microbatches": {"placement": "shard", "device_train_microbatch_size": 2},
-    "ddp_triton": {"implementation": "triton"},  # in Triton's interpreter
+    "ddp_shard_microbatches": {"let": {"placement": "shard"}, "device_train_microbatch_size": 2},
+    "ddp_triton": {"let": {"implementation": "triton"}},  # in Triton's interpreter
     "fsdp1": {"fsdp1": {}},
-    "fsdp1_shard_microbatches": {"fsdp1": {}, "placement": "shard", "device_train_microbatch_size": 2},
+    "fsdp1_shard_microbatches": {"fsdp1": {}, "let": {"placement": "shard"}, "device_train_microbatch_size": 2},
     "fsdp1_checkpointing": {"fsdp1": {"activation_checkpointing": True, "activation_checkpointing_reentrant": False}},
     "fsdp1_reentrant": {"fsdp1": {"activation_checkpointing": True}},
     "fsdp1_compiled": {"fsdp1": {}, **COMPILED},
     "fsdp2": {"fsdp2": {}},
-    "fsdp2_shard_microbatches": {"fsdp2": {}, "placement": "shard", "device_train_microbatch_size": 2},
+    "fsdp2_shard_microbatches": {"fsdp2": {}, "let": {"placement": "shard"}, "device_train_microbatch_size": 2},
     "fsdp2_checkpointing": {"fsdp2": {"activation_checkpointing": True}},
     "fsdp2_compiled": {"fsdp2": {}, **COMPILED},
 }
 
 FSDP1_SHARDED = {"fsdp1": {"state_dict_type": "sharded"}}
-# Of runs of eight batches, guided for five of them: what goes on from which checkpoint on two ranks.
-RESUMED: dict[str, dict[str, Any]] = {
+# Runs of eight batches, guided for five of them: what two ranks save, and what goes on from which checkpoint.
+RUNS: dict[str, dict[str, Any]] = {
+    "save_sharded": {"fsdp": "sharded", "save": "sharded"},
+    "save_full": {"fsdp": "full", "save": "full"},
+    "save_fsdp1": {**FSDP1_SHARDED, "save": "fsdp1"},
     "sharded": {"fsdp": "sharded", "load": "sharded/ep0-ba3"},
     "sharded_from_one_rank": {"fsdp": "sharded", "load": "one_sharded/ep0-ba3"},
     "sharded_from_fsdp1": {"fsdp": "sharded", "load": "fsdp1/ep0-ba3"},
@@ -52,25 +55,27 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-def build(tokenizer: PreTrainedTokenizerFast, teacher: str | None, batch_size: int = 4, **case: Any) -> Trainer:
+def build(
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: str | None,
+    batch_size: int = 4,
+    fsdp1: dict[str, Any] | None = None,
+    fsdp2: dict[str, Any] | None = None,
+    tp: dict[str, Any] | None = None,
+    let: dict[str, Any] | None = None,
+    **options: Any,
+) -> Trainer:
     """A Trainer with a student of its own, and with LET if there is a teacher."""
-    parallelism: dict[str, Any] = {}
-    for name, config in (("fsdp1", FSDPConfig), ("fsdp2", FSDP2Config)):
-        if name in case:
-            parallelism["fsdp"] = config(**case.pop(name))
-    if "tp" in case:
-        parallelism["tp"] = case.pop("tp")
-    options = {key: case.pop(key) for key in ("placement", "implementation", "stop") if key in case}
-    options = {"stop": "3ba", "weight": "auto", "normalize_teacher": "standardize", **options}
+    guided = {"stop": "3ba", "weight": "auto", "normalize_teacher": "standardize", **(let or {})}
     return build_trainer(
         tokenizer,
-        *([] if teacher is None else [LET(teacher, **options)]),
+        *([] if teacher is None else [LET(teacher, **guided)]),
         # Ragged, so that ranks count different tokens; a batch of both ranks is one of the 8 rows that one rank sees.
         data=build_data(tokenizer, batch_size, lambda rows: dist.get_sampler(rows, shuffle=False), ragged=True),
         callbacks=[_MeanOfGradients()],
-        parallelism_config=parallelism or None,
+        parallelism_config={"fsdp": fsdp1 if fsdp2 is None else FSDP2Config(**fsdp2), "tp": tp},
         dist_timeout=60,
-        **{"max_duration": "4ba", **case},
+        **{"max_duration": "4ba", **options},
     )
 
 
@@ -98,25 +103,27 @@ def resumable(
     teacher: str | None,
     out: Path,
     fsdp: str | None = None,
+    save: str | None = None,
     load: str | None = None,
     **options: Any,
 ) -> dict[str, list[float]]:
     """The curves of a run, batch by batch from where it was loaded.
 
-    Checkpoints are folders in ``out``: ``load`` is the one to go on from, ``save`` (of the options) one to fill.
+    Checkpoints are folders in ``out``: ``load`` is the one to go on from, ``save`` one to fill.
     ``fsdp`` is ``"full"`` or ``"sharded"`` for FSDP2 with checkpoints of this kind. Without a teacher there is no LET.
     """
-    if save := options.pop("save", None):
-        options = {"save_folder": str(out / save), "save_interval": "3ba", **options}
     trainer = build(
         tokenizer,
         teacher,
         batch_size=8 // dist.get_world_size(),
         optimizer=torch.optim.AdamW,
         lr=1e-2,
-        load_path=None if load is None else str(out / load),
-        stop="5ba",
-        **{"max_duration": "8ba", **({"fsdp2": {"state_dict_type": fsdp}} if fsdp else {}), **options},
+        save_folder=save and str(out / save),
+        save_interval="3ba",
+        load_path=load and str(out / load),
+        fsdp2={"state_dict_type": fsdp} if fsdp else None,
+        let={"stop": "5ba"},
+        **{"max_duration": "8ba", **options},
     )
     trainer.fit()
     trainer.close()
@@ -126,17 +133,6 @@ def resumable(
 def _logged(trainer: Trainer, *prefixes: str) -> dict[str, list[float]]:
     data = trainer.logger.destinations[0].data
     return {name: [float(v) for _, v in points] for name, points in data.items() if name.startswith(prefixes)}
-
-
-def _refuse(tokenizer: PreTrainedTokenizerFast, teacher: str, **case: Any) -> str:
-    automatic = case.pop("automatic", False)
-    try:
-        trainer = build(tokenizer, teacher, **case)
-        trainer.state.auto_microbatching = automatic  # as device_train_microbatch_size: auto sets it, on CUDA only
-        trainer.fit()
-    except ValueError as error:
-        return str(error)
-    raise AssertionError(f"{case} was not refused")
 
 
 class _MeanOfGradients(Callback):
@@ -152,19 +148,19 @@ def cases(teacher: str, out: Path) -> dict[str, Any]:
     """What one of two ranks saw."""
     allow_fsdp_without_cuda()
     tokenizer = load_tokenizer(teacher)
+    with pytest.raises(ValueError, match="does not work with device_train_microbatch_size: auto"):
+        trainer = build(tokenizer, teacher, let={"placement": "shard"})
+        trainer.state.auto_microbatching = True  # as device_train_microbatch_size: auto sets it, on CUDA only
+        trainer.fit()
+    with pytest.raises(ValueError, match="LET does not run with tensor parallelism"):
+        build(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}})
     results: dict[str, Any] = {name: run(tokenizer, teacher, case) for name, case in CASES.items()}
-    results["refused"] = {
-        "shard_auto": _refuse(tokenizer, teacher, placement="shard", automatic=True),
-        "tp": _refuse(tokenizer, teacher, fsdp1={}, tp={"tensor_parallel_degree": 2, "layer_plan": {}}),
-    }
-    results["saved"] = {kind: resumable(tokenizer, teacher, out, fsdp=kind, save=kind) for kind in ("sharded", "full")}
-    results["saved"]["fsdp1"] = resumable(tokenizer, teacher, out, save="fsdp1", **FSDP1_SHARDED)
+    curves = {name: resumable(tokenizer, teacher, out, **options) for name, options in RUNS.items()}
     resumable(tokenizer, None, out, fsdp="sharded", save="plain", max_duration="3ba")
-    results["resumed"] = {name: resumable(tokenizer, teacher, out, **options) for name, options in RESUMED.items()}
-    results["resumed"]["added"] = resumable(tokenizer, teacher, out, fsdp="sharded", load="plain/ep0-ba3")
-    results["resumed"]["removed"] = resumable(tokenizer, None, out, fsdp="sharded", load="sharded/ep0-ba3")
-    results["resumed"]["over"] = resumable(tokenizer, "./nowhere", out, fsdp="sharded", load="sharded/ep0-ba6")
-    return results
+    curves["added"] = resumable(tokenizer, teacher, out, fsdp="sharded", load="plain/ep0-ba3")
+    curves["removed"] = resumable(tokenizer, None, out, fsdp="sharded", load="sharded/ep0-ba3")
+    curves["over"] = resumable(tokenizer, "./nowhere", out, fsdp="sharded", load="sharded/ep0-ba6")
+    return {**results, "curves": curves}
 
 
 @contextmanager
@@ -227,49 +223,40 @@ def test_two_ranks_log_and_train_what_one_does_on_the_whole_batch(results, singl
             assert result[case]["fired"] == [True] * (8 if "microbatches" in case else 4)
 
 
-def test_refused_on_every_rank(results):
-    for result in results:
-        assert "does not work with device_train_microbatch_size: auto" in result["refused"]["shard_auto"]
-        assert "LET does not run with tensor parallelism" in result["refused"]["tp"]
+def assert_goes_on(found: dict[str, list[float]], whole: dict[str, list[float]], batch: int) -> None:
+    """Along the curve of one rank that never stopped."""
+    for name, guided in (("loss/train/total", False), ("let/loss", True), ("let/lm_loss", True)):
+        assert len(whole[name]) == (5 if guided else 8)
+        assert found.get(name, []) == pytest.approx(whole[name][batch:], rel=1e-4), name
 
 
-class TestResume:
-    """Losses go on along the curve of one rank that never stopped, whoever saved and whoever loads."""
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_go_on_whoever_saved(results, uninterrupted, name):
+    first, second = (result["curves"][name] for result in results)
+    assert first == second
+    assert_goes_on(first, uninterrupted, 3 if "load" in RUNS[name] else 0)
 
-    def assert_goes_on(self, found: dict[str, list[float]], whole: dict[str, list[float]], batch: int) -> None:
-        for name, guided in (("loss/train/total", False), ("let/loss", True), ("let/lm_loss", True)):
-            assert len(whole[name]) == (5 if guided else 8)
-            assert found.get(name, []) == pytest.approx(whole[name][batch:], rel=1e-4), name
 
-    @pytest.mark.parametrize("kind", ["sharded", "full", "fsdp1"])
-    def test_uninterrupted_on_two_ranks(self, results, uninterrupted, kind):
-        self.assert_goes_on(results[0]["saved"][kind], uninterrupted, 0)
+@pytest.mark.parametrize("name", ["ddp_from_full", "sharded"])
+def test_one_rank_goes_on_where_two_saved(results, checkpoints, loaded, teacher_folder, uninterrupted, name):
+    with one_rank():
+        found = resumable(loaded, teacher_folder, checkpoints, **RUNS[name])
+    assert_goes_on(found, uninterrupted, 3)
 
-    @pytest.mark.parametrize("name", RESUMED)
-    def test_on_two_ranks(self, results, uninterrupted, name):
-        assert results[0]["resumed"][name] == results[1]["resumed"][name]
-        self.assert_goes_on(results[0]["resumed"][name], uninterrupted, 3)
 
-    @pytest.mark.parametrize(
-        "options", [{"load": "full/ep0-ba3-rank0.pt"}, {"fsdp": "sharded", "load": "sharded/ep0-ba3"}]
-    )
-    def test_from_two_ranks_on_one(self, results, checkpoints, loaded, teacher_folder, uninterrupted, options):
-        with one_rank():
-            found = resumable(loaded, teacher_folder, checkpoints, **options)
-        self.assert_goes_on(found, uninterrupted, 3)
+def test_after_the_end_no_teacher_is_loaded(results, uninterrupted):
+    over = results[0]["curves"]["over"]  # its teacher does not exist
+    assert over.keys() == {"loss/train/total"}
+    assert_goes_on(over, uninterrupted, 6)
 
-    def test_after_the_end_no_teacher_is_loaded(self, results, uninterrupted):
-        over = results[0]["resumed"]["over"]  # its teacher does not exist
-        assert over.keys() == {"loss/train/total"}
-        self.assert_goes_on(over, uninterrupted, 6)
 
-    @pytest.mark.parametrize(("name", "load", "guided"), [("added", "one_plain", 2), ("removed", "one", 0)])
-    def test_let_added_or_removed(self, results, checkpoints, loaded, teacher_folder, name, load, guided):
-        """As on one rank that does the same."""
-        with one_rank():
-            teacher = teacher_folder if name == "added" else None
-            single = resumable(loaded, teacher, checkpoints, load=f"{load}/ep0-ba3-rank0.pt")
-        found = results[0]["resumed"][name]
-        assert found.keys() == single.keys() and len(found.get("let/loss", [])) == guided
-        for curve, values in found.items():
-            assert values == pytest.approx(single[curve], rel=1e-4), curve
+@pytest.mark.parametrize(("name", "load", "guided"), [("added", "one_plain", 2), ("removed", "one", 0)])
+def test_let_added_or_removed(results, checkpoints, loaded, teacher_folder, name, load, guided):
+    """As on one rank that does the same."""
+    with one_rank():
+        teacher = teacher_folder if name == "added" else None
+        single = resumable(loaded, teacher, checkpoints, load=f"{load}/ep0-ba3-rank0.pt")
+    found = results[0]["curves"][name]
+    assert found.keys() == single.keys() and len(found.get("let/loss", [])) == guided
+    for curve, values in found.items():
+        assert values == pytest.approx(single[curve], rel=1e-4), curve

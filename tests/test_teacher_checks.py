@@ -46,13 +46,7 @@ FAMILIES = {
 }
 WAITING = {"opt", "mixtral", "dynamic", "longrope"}  # families for which the host waits, as the docstring says
 HYBRID = transformers.JambaConfig(
-    **SIZES,
-    attn_layer_period=2,
-    attn_layer_offset=1,
-    expert_layer_period=2,
-    num_experts=2,
-    use_mamba_kernels=False,
-    mamba_dt_rank=4,
+    **SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False, mamba_dt_rank=4
 )
 
 
@@ -75,11 +69,13 @@ def family(request, tmp_path_factory) -> Any:
     return request.param, model, Teacher(str(folder), head=True)
 
 
-def test_states_and_logits_are_the_models_own_and_can_be_had_in_parts(family):
+def test_states_and_logits_are_the_models_own_frozen_and_can_be_had_in_parts(family):
     _, model, teacher = family
+    assert not teacher.body.training and not any(p.requires_grad for p in teacher.body.parameters())
     ids = torch.randint(0, 99, (2, 8))
     expected = model(ids, output_hidden_states=True)
     torch.testing.assert_close(teacher.hidden(ids), expected.hidden_states[-1])
+    assert not teacher.hidden(ids).requires_grad
     torch.testing.assert_close(teacher.project(teacher.hidden(ids)), expected.logits)
     torch.testing.assert_close(teacher.project(teacher.hidden(ids)[:, 2:5]), expected.logits[:, 2:5])
     head = model.get_output_embeddings()
@@ -156,22 +152,19 @@ def test_a_model_without_its_head_is_refused_where_that_is_needed(train, let, te
         train(let(teacher=str(tmp_path), weight="auto"), fit=False)
 
 
-@pytest.mark.parametrize(("place", "message"), [("layers.1.mlp", "in 1 of 20 parameters"), ("embed", "embed_tokens")])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(teacher_folder, tmp_path, place, message, value):
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("layers.1.mlp", float("nan"), "weights that are NaN or infinite in 1 of 20 parameters.*layers.1.mlp"),
+        ("embed_tokens", float("inf"), "weights that are NaN or infinite in .*embed_tokens"),
+        ("model.norm", 3e38, "hidden states that are NaN or infinite"),
+    ],
+)
+def test_weights_and_states_that_are_not_finite_are_refused(teacher_folder, tmp_path, place, value, message):
     def spoil(model: Any) -> None:
-        next(p for name, p in model.named_parameters() if place in name).data[-1, -1] = value
+        next(p for name, p in model.named_parameters() if place in name).data[..., -1] = value
 
-    with pytest.raises(ValueError, match=f"NaN or infinite.*{message}"):
-        Teacher(copy_teacher(teacher_folder, tmp_path, spoil))
-
-
-def test_states_that_overflow_are_refused(teacher_folder, tmp_path):
-    def spoil(model: Any) -> None:
-        for block in model.model.layers:
-            block.mlp.up_proj.weight.data.fill_(3e38)
-
-    with pytest.raises(ValueError, match="hidden states that are NaN or infinite"):
+    with pytest.raises(ValueError, match=message):
         Teacher(copy_teacher(teacher_folder, tmp_path, spoil))
 
 
@@ -181,20 +174,35 @@ def copied(teacher_folder, tmp_path) -> Any:
 
 
 @pytest.mark.parametrize("look", [build_body, Teacher, functools.partial(Teacher, head=True)])
-def test_an_adapter_is_not_taken_for_its_base(copied, look):
-    (copied / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="is a PEFT adapter.*merge_and_unload"):
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", {"peft_type": "LORA"}, "is a PEFT adapter.*merge_and_unload"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "with gptq, which needs .* gptqmodel"),
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "code.OwnConfig"}}, "own code.*_code: true"),
+    ],
+)
+def test_what_would_be_another_model_or_run_code_is_refused(copied, look, file, content, message):
+    (copied / "code.py").write_text("raise SystemExit('this code must not run')")
+    before = (copied / file).read_text() if (copied / file).exists() else "{}"
+    (copied / file).write_text(json.dumps({**json.loads(before), **content}))
+    with pytest.raises(ValueError, match=message):
         look(str(copied))
 
 
-def test_a_quantised_model_is_refused_with_its_package(copied):
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match="quantised with gptq, which needs the package gptqmodel"):
-        Teacher(str(copied))
-
-
-def refused_in_parts(file: Any, name: Any, *readers: Any) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "pytorch_model.bin", "teacher.gguf"]
+)
+def test_a_damaged_file_is_named_with_its_size(copied, tokenizer, name):
+    file, teacher = copied / name, str(copied)
+    model = transformers.LlamaForCausalLM.from_pretrained(copied)
+    if name == "teacher.gguf":
+        teacher = str(file)
+        write_gguf(file, model, tokenizer.convert_ids_to_tokens(range(VOCABULARY)))
+    elif name == "pytorch_model.bin":
+        (copied / "model.safetensors").unlink()
+        model.save_pretrained(copied, safe_serialization=False)
+    Teacher(teacher)
     whole = file.read_bytes()
     for content, message in (
         (whole[: len(whole) // 2], "is damaged, or only half"),
@@ -203,24 +211,9 @@ def refused_in_parts(file: Any, name: Any, *readers: Any) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of git-lfs.*git lfs pull"),
     ):
         file.write_bytes(content)
-        for read in readers:
-            with pytest.raises(ValueError, match=rf"{file.name} of teacher .*\({len(content)} bytes.*{message}"):
-                read(str(name))
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_damaged_file_is_named_with_its_size(copied, file):
-    refused_in_parts(copied / file, copied, Teacher, read_vocabulary)
-
-
-def test_damaged_weights_in_other_formats(teacher_folder, tokenizer, tmp_path):
-    model = transformers.LlamaForCausalLM.from_pretrained(teacher_folder)
-    model.save_pretrained(tmp_path, safe_serialization=False)
-    Teacher(str(tmp_path))
-    refused_in_parts(tmp_path / "pytorch_model.bin", tmp_path, Teacher)
-    file = tmp_path / "teacher.gguf"
-    write_gguf(file, model, tokenizer.convert_ids_to_tokens(range(VOCABULARY)))
-    refused_in_parts(file, file, Teacher, read_vocabulary)
+        for read in (Teacher, read_vocabulary):
+            with pytest.raises(ValueError, match=rf"{name} of teacher .*\({len(content)} bytes.*{message}"):
+                read(teacher)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_none(copied):

@@ -55,11 +55,7 @@ def compare_logits(
         return torch.where(mask, tokens, 0).sum(), histogram(ratios, known)
 
     rows = (student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten(), targets.flatten())
-    sums, counts = zip(
-        *(
-            checkpoint(divergence, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(*(x.split(chunk) for x in rows), strict=True)
-        ),
-        strict=True,
-    )
-    return temperature**2 * torch.stack(sums).sum() / mask.sum().clamp(min=1), torch.stack(counts).sum(dim=0)
+    parts = zip(*(x.split(chunk) for x in rows), strict=True)
+    found = [checkpoint(divergence, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    sums, counts = (torch.stack(values) for values in zip(*found, strict=True))
+    return temperature**2 * sums.sum() / mask.sum().clamp(min=1), counts.sum(dim=0)

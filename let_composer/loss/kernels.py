@@ -237,12 +237,9 @@ def plan(kind: Literal["forward", "backward"], student: int, teacher: int, resiz
 # The op. Outputs beside the loss are what the backward needs: 12 bytes per token and two counts.
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """View ``[..., D]`` as ``[N, D]``: the tensor and its stride."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    x = x.reshape(-1, x.shape[-1])
-    return x, x.stride(0)
+def _rows(x: Tensor) -> Tensor:
+    """View ``[..., D]`` as ``[N, D]``, whose last dimension is contiguous."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
 
 
 # Decided by TRITON_INTERPRET when Triton is imported. The interpreter takes CPU tensors.
@@ -280,13 +277,12 @@ def _forward(
     saved = student.new_empty(3, tokens, dtype=torch.float32)  # cosine, 1/|s|, 1/|t|
     direct = teacher if resize_student else student
     p = plan("forward", student.shape[-1], teacher.shape[-1], resize_student, direct.element_size())
-    student, student_stride = _rows(student)
-    teacher, teacher_stride = _rows(teacher)
+    student, teacher = _rows(student), _rows(teacher)
     mask = mask.contiguous()
     if tokens:
         with torch.cuda.device_of(student):
             _forward_kernel[(tokens,)](
-                student, teacher, mask, mean, std, saved, tokens, student_stride, teacher_stride,
+                student, teacher, mask, mean, std, saved, tokens, student.stride(0), teacher.stride(0),
                 STUDENT=student.shape[-1], TEACHER=teacher.shape[-1], TARGET=direct.shape[-1], WINDOW=p.window,
                 TILES=p.tiles, G=p.G, V=p.V, EPSILON=EPSILON, num_warps=p.num_warps,
             )  # fmt: skip
@@ -307,14 +303,13 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     tokens = saved.shape[1]
-    student, student_stride = _rows(student)
-    teacher, teacher_stride = _rows(teacher)
+    student, teacher = _rows(student), _rows(teacher)
     width, source = student.shape[-1], teacher.shape[-1]
     p = plan("backward", width, source, resize_student, out.element_size())
     if tokens:
         with torch.cuda.device_of(student):
             _backward_kernel[(triton.cdiv(tokens, p.R), p.tiles)](
-                grad, student, teacher, mean, std, saved, counts, out, tokens, student_stride, teacher_stride,
+                grad, student, teacher, mean, std, saved, counts, out, tokens, student.stride(0), teacher.stride(0),
                 STUDENT=width, TEACHER=source, TARGET=source if resize_student else width, WINDOW=p.window,
                 R=p.R, G=p.G, V=p.V, num_warps=p.num_warps,
             )  # fmt: skip

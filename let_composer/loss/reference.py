@@ -77,19 +77,15 @@ def resize_features(features: Tensor, width: int) -> Tensor:
     torch's own ``interpolate`` has coordinates in the type of the features, and is slow for rows that are short beside
     their number.
     """
-    if features.shape[-1] == width:
+    source = features.shape[-1]
+    if source == width:
         return features
-    low, high, fraction = _taps(features.shape[-1], width, features)
-    return torch.lerp(features.index_select(-1, low), features.index_select(-1, high), fraction)
-
-
-def _taps(source: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two inputs of every output, and the weight of the second."""
-    outputs = torch.arange(width, device=like.device)
+    outputs = torch.arange(width, device=features.device)
     numerator = ((2 * outputs + 1) * source - width).clamp(0, 2 * width * (source - 1))  # of an exact coordinate
     low = numerator // (2 * width)
-    fraction = (numerator - low * (2 * width)).to(like.dtype) / (2 * width)
-    return low, (low + 1).clamp(max=source - 1), fraction
+    high = (low + 1).clamp(max=source - 1)
+    fraction = (numerator - low * (2 * width)).to(features.dtype) / (2 * width)
+    return torch.lerp(features.index_select(-1, low), features.index_select(-1, high), fraction)
 
 
 def _arithmetic(*inputs: Tensor) -> torch.dtype:
