@@ -8,11 +8,11 @@
 The file names a base YAML, settings for all runs, teachers (trained first, with one seed), arms as differences from
 the base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
 baselines and their arms, to be set against how far the teacher is ahead of the baseline. Arms have names for people in
-both. Interrupt it when you like: the next call goes on with the runs that have not finished. Writes
-RUNS/<arm>-s<seed>.yaml (what was trained, to be repeated alone with train.py), .log and .done beside the folder that
-Composer logs into, RUNS/<table>.html, .json, .png and .svg, RUNS/overview.png and .svg, and a page: what each arm
-reached, and under which conditions. The page lies beside the YAML; what stands in it above the line MARK stays. With
-other runs, settings or tables than the YAML's it is RUNS/report.md.
+both. Interrupt it when you like: the next call runs what has not finished with these settings and this teacher. A run
+with ``autoresume`` goes on from its last checkpoint. Writes RUNS/<arm>-s<seed>.yaml (what was trained, to be repeated
+alone with train.py), .log and .done beside the folder that Composer logs into, RUNS/<table>.html, .json, .png and .svg,
+RUNS/overview.png and .svg, and a page: what each arm reached, and under which conditions. The page lies beside the
+YAML; what stands in it above the line MARK stays. With other runs or settings than the YAML's it is RUNS/report.md.
 """
 
 import argparse
@@ -22,12 +22,13 @@ import functools
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -35,8 +36,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from omegaconf import OmegaConf as om
 
@@ -46,7 +50,7 @@ from let_composer.configuration import merge, read_bases, read_yaml
 from let_composer.files import replacing
 from let_composer.names import nearest
 
-__all__ = ["Job", "against", "draw", "main", "plan", "read", "run", "tables"]
+__all__ = ["Job", "draw", "main", "plan", "read", "rows", "run", "tables"]
 
 MARK = "<!-- From here on scripts/evidence/sweep.py writes. -->"
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -57,7 +61,7 @@ KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables", "over
 
 @dataclass(frozen=True)
 class Job:
-    """One training run."""
+    """One training run. RUNS/NAME.begun and RUNS/NAME.done hold the settings that it began and ended with."""
 
     name: str  # of the run: arm and seed
     arm: str  # "" for a teacher
@@ -66,9 +70,31 @@ class Job:
 
     def done(self, runs: Path) -> bool:
         """Whether an earlier call finished it and its teachers, with the same settings."""
-        marker = runs / f"{self.name}.done"
-        same = marker.exists() and om.to_container(om.load(marker)) == om.to_container(self.config)
-        return same and all(teacher.done(runs) for teacher in self.needs.values())
+        return self._has(runs, "done") and all(teacher.done(runs) for teacher in self.needs.values())
+
+    def resumes(self, runs: Path) -> bool:
+        """Whether an earlier call left a checkpoint of it to go on from, with the same settings."""
+        checkpoints = (runs / self.name).rglob("*.pt")
+        return bool(self.config.get("autoresume")) and self._has(runs, "begun") and any(checkpoints)
+
+    def _has(self, runs: Path, suffix: str) -> bool:
+        path = runs / f"{self.name}.{suffix}"
+        return path.exists() and om.to_container(om.load(path)) == om.to_container(self.config)
+
+    def write(self, runs: Path, suffix: str) -> Path:
+        """Write its settings to RUNS/NAME.suffix."""
+        path = runs / f"{self.name}.{suffix}"
+        with replacing(path) as partial:
+            partial.write_text(om.to_yaml(self.config))
+        return path
+
+    def forget(self, runs: Path) -> None:
+        """Remove what the run left, as its events would mix with new ones; of a teacher also the marks of those that it
+        taught, whichever arm and seed they are."""
+        shutil.rmtree(runs / self.name, ignore_errors=True)
+        for mark in [*runs.glob("*.begun"), *runs.glob("*.done")]:
+            if mark.stem == self.name or (self.arm == "" and self.name in _taught_by(om.load(mark))):
+                mark.unlink(missing_ok=True)
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = None) -> DictConfig:
@@ -82,7 +108,8 @@ def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = Non
     Raises:
         ValueError: If keys are missing or unknown, or a table names an arm that is not there.
     """
-    experiment = read_yaml(str(path))
+    experiment = om.create({"settings": {}, "teachers": {}, "overview": {}})
+    experiment.merge_with(read_yaml(str(path)))
     if (keys := set(experiment)) != KEYS:
         wrong = ", ".join(map(str, sorted(keys ^ KEYS)))
         raise ValueError(f"expected {path} to have the keys {', '.join(sorted(KEYS))}; missing or unknown: {wrong}.")
@@ -124,23 +151,22 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
 
     bases, teachers = read_bases(experiment.base), dict[str, Job]()
     teachers |= {name: job(name, settings) for name, settings in experiment.teachers.items()}
-    chosen = dict.fromkeys(arm for pattern in only for arm in _matching(pattern, experiment.arms, "arm"))
+    chosen = dict.fromkeys(arm for pattern in only for arm in _matching(pattern, list(experiment.arms)))
     arms = [job(arm, experiment.arms[arm], seed) for seed in seeds or experiment.seeds for arm in chosen]
     needed = {name for arm in arms for name in arm.needs}
     return [*(teacher for name, teacher in teachers.items() if name in needed), *arms]
 
 
 def _taught_by(config: Any) -> list[str]:
-    given = [str((options or {}).get("teacher")) for options in (config.get("algorithms") or {}).values()]
-    folder = f"{om.select(config, 'variables.runs')}/huggingface/"  # a marker that is not ours has none
+    given = [str((options or {}).get("teacher")) for options in (om.select(config, "algorithms") or {}).values()]
+    folder = f"{om.select(config, 'variables.runs')}/huggingface/"  # a YAML that is not ours has none
     return [teacher.removeprefix(folder) for teacher in given if teacher.startswith(folder)]
 
 
-def _matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
-    names = list(map(str, names))
-    if not (found := fnmatch.filter(names, pattern)):
-        near = nearest(pattern.strip("*"), names)
-        raise ValueError(f"no {what} matches {pattern!r}{near}. There are {', '.join(names)}.")
+def _matching(pattern: str, arms: list[str]) -> list[str]:
+    if not (found := fnmatch.filter(arms, pattern)):
+        near = nearest(pattern.strip("*"), arms)
+        raise ValueError(f"no arm matches {pattern!r}{near}. There are {', '.join(arms)}.")
     return found
 
 
@@ -158,25 +184,27 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
         if failed & job.needs.keys():
             failed.add(job.name)
             return
-        shutil.rmtree(runs / job.name, ignore_errors=True)  # a cut run's events would mix with the new ones
-        for marker in runs.glob("*.done"):  # what another teacher of this name taught is not done, in no later call
-            if marker.stem == job.name or (job.arm == "" and job.name in _taught_by(om.load(marker))):
-                marker.unlink(missing_ok=True)
-        path, log = runs / f"{job.name}.yaml", runs / f"{job.name}.log"
-        om.save(job.config, path)
+        resumes, log = job.resumes(runs), runs / f"{job.name}.log"
+        if not resumes:
+            job.forget(runs)
+        job.write(runs, "begun")
+        command = [sys.executable, str(TRAIN), str(job.write(runs, "yaml"))]
+        print(f"{job.name}: {'goes on: ' if resumes else ''}{shlex.join(command)}   (log: {log})", flush=True)
         with open(log, "w") as file, starting:
-            command = [sys.executable, str(TRAIN), str(path)]
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(APART if workers > 1 else None)
-        exit_status = process.wait()
-        if exit_status:
+        exit_status, shown = process.wait(), log.read_text(errors="replace")
+        if exit_status == 0:
+            job.write(runs, "done")
+            print(f"{job.name}: done", flush=True)
+        elif resumes and "No training would occur" in shown:  # it was stopped between its last checkpoint and its end
+            job.forget(runs)
+            train(job)
+        else:
             failed.add(job.name)
-            print(f"{job.name}: failed ({exit_status}), see {log}", flush=True)
-            return
-        with replacing(runs / f"{job.name}.done") as partial:
-            partial.write_text(om.to_yaml(job.config))
-        print(f"{job.name}: done", flush=True)
+            tail = "\n".join(shown.splitlines()[-30:])
+            print(f"{tail}\n{job.name}: failed ({exit_status}), the whole log is {log}", flush=True)
 
     for teachers in (True, False):
         with ThreadPoolExecutor(workers) as pool:
@@ -185,38 +213,38 @@ def run(jobs: list[Job], runs: Path, workers: int) -> list[str]:
 
 
 Arms = dict[str, dict[int, Job]]  # the runs that are done, by arm and seed
-
-
-def against(group: str, arm: str, baseline: dict[int, Job], own: dict[int, Job], runs: Path, every: Arms) -> Any:
-    """A row: one arm against its baseline, over the seeds that both have done.
-
-    The baseline itself has the teacher of ``every`` arm, if it is one. Shares are of the baseline's tokens.
-    """
-    seeds = sorted(baseline.keys() & own.keys())
-    teacher = _teacher(every if own is baseline else {arm: own})
-    found = {str(n): [_read(runs / of[seed].name) for seed in seeds] for n, of in enumerate((baseline, own))}
-    summary = comparing.summarize(found, _read(runs / teacher) if teacher else None)
-    whole, reached = (row["over_seeds"] for row in summary["arms"])
-
-    def share(key: str) -> dict[str, float] | None:
-        return reached[key] and {k: v if k == "n" else v / whole["tokens"]["mean"] for k, v in reached[key].items()}
-
-    is_itself = own is baseline
-    ends = [[seed["final_loss"] for seed in row["seeds"]] for row in summary["arms"]]
-    gains = [None if end is None else start - end for start, end in zip(*ends, strict=True)]
-    return SimpleNamespace(
-        group=group,  # table or method
-        arm=arm,  # by its name for people
-        seeds=len(seeds),
-        loss=reached["final_loss"],
-        gain=None if is_itself else comparing.spread(gains),  # in final loss, against the same seed
-        share=comparing.spread([1.0] * len(seeds)) if is_itself else share("tokens_to_baseline_loss"),
-        passes=share("tokens_to_teacher_loss"),
-        lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"] if teacher else None,
-    )
-
-
 _read = functools.cache(comparing.read_run)
+
+
+def rows(group: str, arms: Arms, runs: Path) -> list[Any]:
+    """Each arm against the first, the baseline, over the seeds that both have done. Shares are of its tokens."""
+    found, baseline = list[Any](), next(iter(arms.values()))
+    for arm, own in arms.items():
+        is_itself, seeds = own is baseline, sorted(baseline.keys() & own.keys())
+        teacher = _teacher(arms if is_itself else {arm: own})
+        both = {str(n): [_read(runs / of[seed].name) for seed in seeds] for n, of in enumerate((baseline, own))}
+        summary = comparing.summarize(both, _read(runs / teacher) if teacher else None)
+        plain, guided = (row["seeds"] for row in summary["arms"])
+        tokens = summary["arms"][0]["over_seeds"]["tokens"]["mean"]
+        shares = {
+            key: comparing.spread([run[key] and run[key] / tokens for run in guided])
+            for key in ("tokens_to_baseline_loss", "tokens_to_teacher_loss")
+        }
+        ends = [(of["final_loss"], run["final_loss"]) for of, run in zip(plain, guided, strict=True)]
+        gains = [None if end is None else start - end for start, end in ends]
+        found.append(
+            SimpleNamespace(
+                group=group,  # table or method
+                arm=arm,  # by its name for people
+                seeds=len(seeds),
+                loss=comparing.spread([end for _, end in ends]),
+                gain=None if is_itself else comparing.spread(gains),  # in final loss, against the same seed
+                share=comparing.spread([1.0] * len(seeds)) if is_itself else shares["tokens_to_baseline_loss"],
+                passes=shares["tokens_to_teacher_loss"],
+                lead=summary["baseline_final_loss"] - summary["teacher"]["final_loss"] if teacher else None,
+            )
+        )
+    return found
 
 
 def _teacher(arms: Arms) -> str | None:
@@ -225,7 +253,7 @@ def _teacher(arms: Arms) -> str | None:
     return teachers.pop() if len(teachers) == 1 else None
 
 
-def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*") -> None:
+def tables(experiment: DictConfig, jobs: list[Job], page: Path) -> None:
     """Compare the arms of every table and write the page.
 
     On the page an arm stands beside the baseline's runs with the seeds that both have done; pictures and JSON, with
@@ -235,36 +263,35 @@ def tables(experiment: DictConfig, jobs: list[Job], page: Path, only: str = "*")
         experiment: As :func:`read` returns it.
         jobs: As :func:`plan` returns them.
         page: Where to.
-        only: Pattern of the tables' names.
     """
-    runs, done = Path(experiment.runs).absolute(), {str(arm): dict[int, Job]() for arm in experiment.arms}
+    runs, done = Path(experiment.runs).absolute(), {arm: dict[int, Job]() for arm in experiment.arms}
     for job in jobs:
         if job.arm and job.done(runs):
             done[job.arm][job.config.seed] = job
 
-    def rows(group: str, baseline: dict[int, Job], arms: dict[str, str]) -> tuple[list[Any], Arms]:
-        beside = {label: done[arm] for label, arm in arms.items() if done[arm].keys() & baseline.keys()}
-        return [against(group, label, baseline, own, runs, beside) for label, own in beside.items()], beside
+    def beside(arms: dict[str, str]) -> Arms:
+        """Those that share a seed with the first."""
+        baseline = done[next(iter(arms.values()))]
+        return {label: done[arm] for label, arm in arms.items() if done[arm].keys() & baseline.keys()}
 
-    lines, sections = list[Any](), list[str]()
+    lines, points, sections = list[Any](), list[Any](), list[str]()
     for name, arms in experiment.tables.items():
-        if not fnmatch.fnmatch(str(name), only):
-            continue
-        found, beside = rows(str(name), done[next(iter(arms.values()))], arms)
+        found = beside(arms)
         if len(found) > 1:
-            lines += found
-            if seeds := sorted(set.intersection(*map(set, beside.values()))):  # like with like
-                paths = {label: [runs / own[seed].name for seed in seeds] for label, own in beside.items()}
-                teacher = _teacher(beside)
+            lines += rows(name, found, runs)
+            if seeds := sorted(set.intersection(*map(set, found.values()))):  # like with like
+                paths = {label: [runs / own[seed].name for seed in seeds] for label, own in found.items()}
+                teacher = _teacher(found)
                 print(f"\n## {name}\n")
-                comparing.compare(paths, teacher and runs / teacher, runs / re.sub(r"\W+", "-", str(name)))
-    if fnmatch.fnmatch("overview", only):
-        pairs = [(m, baseline, arms) for m, of in experiment.overview.items() for baseline, arms in of.items()]
-        points = [row for method, baseline, arms in pairs for row in rows(str(method), done[baseline], arms)[0]]
-        points.sort(key=lambda row: (row.group, -float("inf") if row.lead is None else -row.lead))
-        if points:
-            draw(points, runs / "overview")
-            sections += ["## What guidance saves, over the lead of its teacher", "", _markdown(points), ""]
+                comparing.compare(paths, teacher and runs / teacher, runs / re.sub(r"\W+", "-", name))
+    for method, pairs in experiment.overview.items():
+        for baseline, arms in pairs.items():
+            if found := beside({"": baseline, **arms}):
+                points += rows(method, found, runs)[1:]
+    points.sort(key=lambda row: (row.group, -float("inf") if row.lead is None else -row.lead))
+    if points:
+        draw(points, runs / "overview")
+        sections += ["## What guidance saves, over the lead of its teacher", "", _markdown(points), ""]
     if lines:
         sections += ["## Every arm", "", _markdown(lines), ""]
     if sections:
@@ -290,13 +317,8 @@ def _markdown(rows: list[Any]) -> str:
 
 def draw(points: list[Any], out: Path) -> None:
     """Write OUT.png and OUT.svg: how much of the baseline's tokens is needed, over the teacher's lead."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "sweep"  # the same bytes for the same runs
-    figure, axis = plt.subplots(figsize=(9.5, 5.5), constrained_layout=True)
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    axis = figure.subplots()
     methods = list(dict.fromkeys(row.group for row in points))
     for number, method in enumerate(methods):
         color = PALETTE[number % len(PALETTE)]
@@ -324,18 +346,17 @@ def draw(points: list[Any], out: Path) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     for suffix in ("png", "svg"):
-        with replacing(Path(f"{out}.{suffix}")) as partial:
-            figure.savefig(partial, format=suffix, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
-    plt.close(figure)
+        same_bytes = matplotlib.rc_context({"svg.hashsalt": "sweep"})  # for the same runs
+        with same_bytes, replacing(Path(f"{out}.{suffix}")) as partial:
+            figure.savefig(partial, format=suffix, dpi=130, metadata={"Date": None})
 
 
 def _conditions() -> str:
-    import torch
-
     git = "git describe --always --dirty 2>/dev/null || echo unknown"
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
-    processors = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    device = f"{os.cpu_count()} cores of {processors[1] if processors else platform.machine()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    device = f"{os.cpu_count()} cores of {processor[1] if processor else platform.machine()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "mosaicml", "llm-foundry"))
@@ -357,12 +378,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--list", action="store_true", help="only say what is done and what would run")
-    parser.add_argument("--tables", default="*", help="pattern of the tables to make (default: all)")
     options = parser.parse_intermixed_args(arguments)
     experiment = read(options.experiment, options.overrides, options.runs)
-    runs = Path(experiment.runs)
-    jobs = plan(experiment, options.seeds, options.only)
-    _matching(options.tables, [*experiment.tables, "overview"], "table")
+    runs, jobs = Path(experiment.runs), plan(experiment, options.seeds, options.only)
     if options.list:
         for job in jobs:
             print(f"{'done   ' if job.done(runs) else 'waiting'} {job.name}")
@@ -373,9 +391,9 @@ def main(arguments: list[str] | None = None) -> None:
             failed = run(jobs, runs, options.workers)
     except Timeout:
         raise ValueError(f"another call is at work in {runs}. Wait for it, or stop it.") from None
-    own = options.runs or options.overrides or options.tables != "*"
+    own = options.runs or options.overrides
     page = runs / "report.md" if own else Path(options.experiment).with_suffix(".md")
-    tables(experiment, plan(experiment, options.seeds), page, options.tables)
+    tables(experiment, plan(experiment, options.seeds), page)
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}. The logs are in {runs}.")
 
