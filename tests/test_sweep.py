@@ -1,7 +1,7 @@
 """The experiment's runner: what would run, in which order, what is reused, and what the page says of it."""
 
 import fcntl
-import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -71,13 +71,9 @@ def test_seeds_one_after_the_other_and_the_teacher_that_is_needed_first(experime
     assert [job.name for job in sweep.plan(experiment, [9], ["pl*"])] == ["plain-s9"]
 
 
-def test_patterns_that_match_nothing_are_not_silent(experiment):
-    for arguments, message in (
-        (["--only", "plane*"], r"no arm matches 'plane\*' .did you mean 'plain'.*There are"),
-        (["--tables", "nosuch"], "no table matches 'nosuch'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            sweep.main(["experiment.yaml", *arguments, "--list"])
+def test_a_pattern_that_matches_nothing_is_not_silent(experiment):
+    with pytest.raises(ValueError, match=r"no arm matches 'plane\*' .did you mean 'plain'.*There are"):
+        sweep.main(["experiment.yaml", "--only", "plane*", "--list"])
 
 
 def test_settings_and_folder_from_the_command_line(experiment):
@@ -129,31 +125,82 @@ def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experi
     assert "late-s4" in one and "plain-s3" not in one  # the seed that all have
 
 
-def test_what_is_done_is_done_with_these_settings_alone(experiment, tmp_path):
-    job = sweep.plan(experiment)[1]
-    assert not job.done(tmp_path)
-    (tmp_path / "plain-s3.done").write_text(om.to_yaml(job.config))
-    assert job.done(tmp_path) and sweep.run([job], tmp_path, 1) == []
-    # The order of keys does not count.
-    om.save(om.create(dict(reversed(om.to_container(job.config).items()))), tmp_path / "plain-s3.done")
-    assert job.done(tmp_path)
-    job.config.optimizer.lr = 2.0
-    assert not job.done(tmp_path)
+STUB = """
+import pathlib, sys
+run = pathlib.Path(sys.argv[1]).with_suffix("")
+checkpoint, cut = run / "checkpoints" / "latest.pt", pathlib.Path(f"{run.name}.cut")
+found, when = checkpoint.exists(), cut.read_text() if cut.exists() else "never"
+with open("calls", "a") as calls:
+    print(run.name, "goes on" if found else "begins", file=calls)
+if when == "at once":
+    sys.exit("cut off")
+if when == "at the end" and found:
+    sys.exit("ValueError: (2ba). No training would occur. Please")
+checkpoint.parent.mkdir(parents=True, exist_ok=True)
+checkpoint.touch()
+if when == "midway":
+    sys.exit("cut off")
+"""
 
 
-def test_what_a_teacher_taught_is_done_anew_when_it_is_trained_anew(experiment, monkeypatch):
-    """In a later call, too, after one that ended with the teacher."""
-    jobs = finish(experiment, small=(6.5,), plain_s3=(6.0,), guided_s3=(5.0,), hub_s3=(4.0,))
-    runs, done = Path("runs"), ["small", "plain-s3", "guided-s3", "hub-s3"]
-    assert [job.name for job in jobs if job.done(runs)] == done
+@pytest.fixture
+def train(experiment, monkeypatch):
+    """Train seed 3 with a script that only leaves a checkpoint; returns which runs began or went on."""
+    Path("stub.py").write_text(STUB)
+    Path("runs").mkdir()
+    monkeypatch.setattr(sweep, "TRAIN", "stub.py")
+    experiment.settings.autoresume = True
+
+    def run(only: str = "[!h]*", **cut: str) -> list[str]:
+        for name, when in cut.items():
+            Path(f"{name}-s3.cut").write_text(when)
+        calls = Path("calls")
+        calls.write_text("")
+        sweep.run([job for job in sweep.plan(experiment, [3]) if fnmatch(job.name, only)], Path("runs"), 1)
+        return [line.replace("-s3", "") for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_only_what_changed_is_trained_anew(train, experiment):
+    assert train() == ["small begins", "plain begins", "guided begins"]
+    marker = Path("runs/plain-s3.done")
+    om.save(om.create(dict(reversed(om.load(marker).items()))), marker)
+    assert train() == []  # nor does the order of keys count
+    experiment.arms.guided.algorithms.let.weight = 1
+    assert train() == ["guided begins"]  # and not from the old checkpoint
+    experiment.settings.precision = "fp32"
+    assert train() == ["small begins", "plain begins", "guided begins"]
+
+
+def test_an_interrupted_run_goes_on_unless_something_changed_or_it_had_no_checkpoint(train, experiment, capsys):
+    assert train(plain="midway") == ["small begins", "plain begins", "guided begins"]
+    shown = capsys.readouterr().out
+    assert "stub.py runs/plain-s3.yaml " in shown and "cut off\nplain-s3: failed (1), the whole log is runs" in shown
+    assert train() == ["plain goes on"]
+    experiment.arms.plain.precision = "fp32"
+    assert train() == ["plain begins"]
+    experiment.arms.plain.autoresume = False
+    assert train() == train() == ["plain begins"]
+    experiment.arms.plain = {}
+    assert train(plain="at once") == train() == ["plain begins"]
+    Path("runs/plain-s3").mkdir()
+    assert train(plain="midway") == ["plain begins"]
+    assert train(plain="at the end") == ["plain goes on", "plain begins"]
+    assert train() == []
+
+
+def test_what_a_teacher_taught_is_trained_anew_when_it_is(train, experiment):
+    """In a later call, too, after one that ended with the teacher, and where it was not done; nothing else is."""
+    train("*")
+    Path("runs/another's.done").touch()
     experiment.teachers.small.max_duration = "8ba"
-    jobs = sweep.plan(experiment)
-    assert [job.name for job in jobs if job.done(runs)] == ["plain-s3", "hub-s3"]
-    monkeypatch.setattr(sweep, "TRAIN", os.devnull)
-    (runs / "another's.done").touch()
-    assert sweep.run(jobs[:1], runs, 1) == []
-    assert [job.name for job in jobs if job.done(runs)] == ["small", "plain-s3", "hub-s3"]
-    assert (runs / "another's.done").exists()
+    assert train("small") == ["small begins"]
+    assert train("*", guided="midway") == ["guided begins"]
+    experiment.teachers.small.max_duration = "7ba"
+    assert train("small") == ["small begins"]
+    assert train("*") == ["guided begins"]
+    assert Path("runs/another's.done").exists()
 
 
 def test_null_removes_an_algorithm_of_the_base(experiment):
