@@ -87,28 +87,30 @@ def merge(configs: Iterable[Any]) -> DictConfig:
     Raises:
         ValueError: If null is to remove what is not there, or ``algorithms`` has none of its forms.
     """
-    copies: list[Any] = [om.create(config) for config in configs]
-    algorithms: Any = {}
-    for number, config in enumerate(copies):
+    merged, algorithms = om.create({}), om.create({})
+    for number, config in enumerate(om.create(config) for config in configs):
         if "algorithms" in config:
-            named = _expand(config.pop("algorithms"))
-            for name, own in named.items():
-                if own is None and number and name not in algorithms:
+            given = _expand(config.pop("algorithms"))
+            if not given:
+                algorithms = om.create({})
+            for name, own in given.items():
+                if own is not None or number == 0:
+                    algorithms.merge_with({name: own or {}})
+                elif name in algorithms:
+                    del algorithms[name]
+                else:
                     raise ValueError(
                         f"algorithms has no {name!r} that null could remove. To add it, write {name}: {{}}."
                     )
-            kept = {name: algorithms[name] for name in algorithms if named and named.get(name, {}) is not None}
-            given = {name: own or {} for name, own in named.items() if own is not None or number == 0}
-            algorithms = om.merge(kept, given)
-    merged = om.merge(*copies, {"algorithms": algorithms})
-    assert isinstance(merged, DictConfig)
+        merged.merge_with(config)
+    merged.algorithms = algorithms
     return merged
 
 
 def _expand(algorithms: Any) -> dict[str, Any]:
     """Names to arguments, from a name, a list or a mapping. A name alone has no arguments; null stays null."""
     expanded: dict[str, Any] = {}
-    for item in algorithms or [] if isinstance(algorithms, (ListConfig, type(None))) else [algorithms]:
+    for item in algorithms if isinstance(algorithms, ListConfig) else [algorithms or {}]:
         named = {item: {}} if isinstance(item, str) else item
         if not isinstance(named, (dict, DictConfig)):
             raise ValueError(f"algorithms must list names or mappings of a name to its arguments, got {item!r}.")
