@@ -3,6 +3,8 @@
 import fcntl
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 import sweep  # scripts/evidence/sweep.py
@@ -129,40 +131,32 @@ def test_in_the_report_an_arm_stands_beside_the_baseline_of_its_own_seeds(experi
     assert "late-s4" in one and "plain-s3" not in one  # the seed that all have
 
 
-STUB = """
-import pathlib, sys
-run = pathlib.Path(sys.argv[1]).with_suffix("")
-checkpoint, cut = run / "checkpoints" / "latest.pt", pathlib.Path(f"{run.name}.cut")
-found, when = checkpoint.exists(), cut.read_text() if cut.exists() else "never"
-with open("calls", "a") as calls:
-    print(run.name, "goes on" if found else "begins", file=calls)
-if when == "at once":
-    sys.exit("cut off")
-if when == "at the end" and found:
-    sys.exit("ValueError: (2ba). No training would occur. Please")
-checkpoint.parent.mkdir(parents=True, exist_ok=True)
-checkpoint.touch()
-if when == "midway":
-    sys.exit("cut off")
-"""
-
-
 @pytest.fixture
 def train(experiment, monkeypatch):
-    """Train seed 3 with a script that only leaves a checkpoint; returns which runs began or went on."""
-    Path("stub.py").write_text(STUB)
-    Path("runs").mkdir()
-    monkeypatch.setattr(sweep, "TRAIN", "stub.py")
+    """Train seed 3, where a run leaves but a checkpoint, and may be cut off; returns which runs began or went on."""
     experiment.settings.autoresume = True
+    cuts, calls = {}, []
+
+    def start(command: list[str], stdout: TextIO, **_: Any) -> Any:
+        checkpoints = Path(command[-1]).with_suffix("") / "checkpoints"
+        name, found = checkpoints.parent.name.removesuffix("-s3"), checkpoints.exists()
+        calls.append(f"{name} goes on" if found else f"{name} begins")
+        cut = cuts.get(name)
+        if cut != "at once":
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            (checkpoints / "latest.pt").touch()
+        stdout.write("(2ba). No training would occur. Please" if cut == "at the end" else "cut off")
+        fails = cut in ("at once", "midway") or (cut == "at the end" and found)
+        return SimpleNamespace(wait=lambda seconds=None: int(fails))
 
     def run(only: str = "[!h]*", **cut: str) -> list[str]:
-        for name, when in cut.items():
-            Path(f"{name}-s3.cut").write_text(when)
-        calls = Path("calls")
-        calls.write_text("")
+        cuts.update(cut)
+        calls.clear()
         sweep.run([job for job in sweep.plan(experiment, [3]) if fnmatch(job.name, only)], 1)
-        return [line.replace("-s3", "") for line in calls.read_text().splitlines()]
+        return list(calls)
 
+    monkeypatch.setattr(sweep.subprocess, "Popen", start)
+    Path("runs").mkdir()
     return run
 
 
@@ -180,7 +174,7 @@ def test_only_what_changed_is_trained_anew(train, experiment):
 def test_an_interrupted_run_goes_on_unless_something_changed_or_it_had_no_checkpoint(train, experiment, capsys):
     assert train(plain="midway") == ["small begins", "plain begins", "guided begins"]
     shown = capsys.readouterr().out
-    assert "stub.py runs/plain-s3.yaml " in shown and "cut off\nplain-s3: failed (1), the whole log is runs" in shown
+    assert "train.py runs/plain-s3.yaml " in shown and "cut off\nplain-s3: failed (1), the whole log is runs" in shown
     assert train() == ["plain goes on"]
     experiment.arms.plain.precision = "fp32"
     assert train() == ["plain begins"]
@@ -188,8 +182,8 @@ def test_an_interrupted_run_goes_on_unless_something_changed_or_it_had_no_checkp
     assert train() == train() == ["plain begins"]
     experiment.arms.plain = {}
     assert train(plain="at once") == train() == ["plain begins"]
-    Path("runs/plain-s3").mkdir()
-    assert train(plain="midway") == ["plain begins"]
+    (events := Path("runs/plain-s3/events")).mkdir(parents=True)
+    assert train(plain="midway") == ["plain begins"] and not events.exists()
     assert train(plain="at the end") == ["plain goes on", "plain begins"]
     assert train() == []
 
