@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import fnmatch
 import functools
+import itertools
 import os
 import platform
 import re
@@ -35,7 +36,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -48,13 +48,13 @@ from let_composer.cli import told
 from let_composer.configuration import merge, read_bases, read_yaml
 from let_composer.files import replacing
 from let_composer.names import nearest
+from let_composer.picture import PALETTE
 
 __all__ = ["Job", "main", "plan", "read", "run", "tables"]
 
 MARK = "<!-- From here on scripts/evidence/sweep.py writes. -->"
 TRAIN = Path(__file__).parents[1] / "train.py"
 APART = 10  # seconds between two starts: streaming's search for a free name in shared memory is no atomic one
-PALETTE = ("#c8442a", "#2a6fc8", "#2f8f46", "#8a52b0", "#b8860b")
 KEYS = {"base", "runs", "seeds", "settings", "teachers", "arms", "tables", "overview"}
 
 
@@ -125,10 +125,7 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
     Args:
         experiment: As :func:`read` returns it.
         seeds: Instead of the file's.
-        only: Patterns of arms' names.
-
-    Raises:
-        ValueError: If a pattern matches no arm.
+        only: Patterns of arms' names; each must match one.
     """
     bases, teachers = read_bases(experiment.base), dict[str, Job]()
 
@@ -143,7 +140,11 @@ def plan(experiment: DictConfig, seeds: list[int] | None = None, only: Sequence[
 
     for name, settings in experiment.teachers.items():
         teachers[name] = job(name, settings)
-    chosen = dict.fromkeys(arm for pattern in only for arm in _matching(pattern, list(experiment.arms)))
+    for pattern in only:
+        if not fnmatch.filter(experiment.arms, pattern):
+            near = nearest(pattern.strip("*"), experiment.arms)
+            raise ValueError(f"no arm matches {pattern!r}{near}. There are {', '.join(experiment.arms)}.")
+    chosen = dict.fromkeys(arm for pattern in only for arm in fnmatch.filter(experiment.arms, pattern))
     arms = [job(arm, experiment.arms[arm], seed) for seed in seeds or experiment.seeds for arm in chosen]
     needed = {name for arm in arms for name in arm.needs}
     return [*(teacher for name, teacher in teachers.items() if name in needed), *arms]
@@ -153,13 +154,6 @@ def _taught_by(config: Any) -> list[str]:
     given = [str((options or {}).get("teacher")) for options in (config.get("algorithms") or {}).values()]
     folder = f"{om.select(config, 'variables.runs')}/huggingface/"  # a mark that is not ours has none
     return [teacher.removeprefix(folder) for teacher in given if teacher.startswith(folder)]
-
-
-def _matching(pattern: str, arms: list[str]) -> list[str]:
-    if not (found := fnmatch.filter(arms, pattern)):
-        near = nearest(pattern.strip("*"), arms)
-        raise ValueError(f"no arm matches {pattern!r}{near}. There are {', '.join(arms)}.")
-    return found
 
 
 def run(jobs: list[Job], workers: int) -> list[str]:
@@ -249,15 +243,10 @@ def _against_the_first(arms: Arms) -> dict[str, Row]:
 
 
 def tables(experiment: DictConfig, jobs: list[Job], page: Path) -> None:
-    """Compare the arms of every table and write the page.
+    """Compare what is done of the jobs, a picture and a JSON for each table, and write the page.
 
     On the page an arm stands beside the baseline's runs with the seeds that both have done; pictures and JSON, with
     times and memory, are of the seeds that all of a table's arms have.
-
-    Args:
-        experiment: As :func:`read` returns it.
-        jobs: As :func:`plan` returns them.
-        page: Where to.
     """
     done = {arm: {job.config.seed: job for job in jobs if job.arm == arm and job.done()} for arm in experiment.arms}
     runs, every, by_arm = Path(experiment.runs), Rows(), dict[str, Row]()
@@ -299,10 +288,9 @@ def _markdown(rows: Rows) -> str:
 
 def _draw(rows: Rows, out: Path) -> None:
     """Write OUT.png and OUT.svg: how much of the baseline's tokens is needed, over the teacher's lead."""
-    figure, gray = Figure(figsize=(9.5, 5.5), layout="constrained"), "#666666"
+    figure, (gray, *colors) = Figure(figsize=(9.5, 5.5), layout="constrained"), PALETTE
     axis = figure.subplots()
-    for number, (method, arms) in enumerate(rows.items()):
-        color = PALETTE[number % len(PALETTE)]
+    for number, (color, (method, arms)) in enumerate(zip(itertools.cycle(colors), rows.items(), strict=False)):
         axis.plot([], [], "o", color=color, ms=8, label=method)
         for arm, (_, lead, share) in arms.items():
             if lead is None:
@@ -315,21 +303,18 @@ def _draw(rows: Rows, out: Path) -> None:
             axis.annotate(text, (lead, height), (6, 5), textcoords="offset points", fontsize=8, color=color)
     axis.axhline(100, color=gray, lw=1, ls=":")
     axis.axvline(0, color=gray, lw=1, ls=":")
+    axis.set_title("What guidance saves, over the lead of its teacher (bars from the best seed to the worst)")
     axis.set_xlabel("lead of the teacher: the baseline's final loss minus the teacher's [nats/token]")
     axis.set_ylabel("tokens to the baseline's final loss [% of its own]")
     axis.text(0.01, 0.02, "unguided, the student overtakes the teacher", transform=axis.transAxes, color=gray)
     axis.text(0.99, 0.02, "unguided, it does not", transform=axis.transAxes, ha="right", color=gray)
     axis.set_ylim(top=108 + 4 * len(rows))
     axis.margins(x=0.12)
-    title = "What guidance saves, over the lead of its teacher (bars from the best seed to the worst)"
-    axis.set_title(title, loc="left", fontsize=11)
     axis.legend(frameon=False, loc="upper right")
     axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     for suffix in ("png", "svg"):
-        same_bytes = matplotlib.rc_context({"svg.hashsalt": "sweep"})  # for the same runs
-        with same_bytes, replacing(Path(f"{out}.{suffix}")) as partial:
-            figure.savefig(partial, format=suffix, dpi=130, metadata={"Date": None})
+        with replacing(Path(f"{out}.{suffix}")) as partial:
+            figure.savefig(partial, format=suffix, dpi=130)
 
 
 def _conditions() -> str:
