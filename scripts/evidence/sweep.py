@@ -6,13 +6,12 @@
     python scripts/evidence/sweep.py yamls/evidence/evidence_125m.yaml variables.attention=flash   # for all runs
 
 The YAML names a base, settings for all runs, teachers (trained first, with one seed), arms as differences from the
-base, and tables of arms to be compared, the first of which is the baseline. ``overview`` names, for each method,
-baselines and their arms, to be set against how far the teacher is ahead of the baseline. Arms have names for people in
-both. Interrupt it when you like: the next call runs what has not finished with these settings and these teachers. With
-``autoresume`` a run goes on from its last checkpoint. In RUNS, NAME.yaml is what was trained, to be repeated alone with
-train.py. Tables and the overview become pictures there, and a page: what each arm reached, and under which conditions.
-The page lies beside the YAML; what stands in it above the line MARK stays. With other runs or settings than the YAML's
-it is RUNS/report.md.
+base, and tables of arms, the first of which is the baseline. ``overview`` picks arms of the tables for a picture over
+the lead of their teachers. Interrupt it when you like: the next call runs what has not finished with these settings and
+these teachers. With ``autoresume`` a run goes on from its last checkpoint. In RUNS, NAME.yaml is what was trained, to
+be repeated alone with train.py. Pictures go there, too. A page beside the YAML says what each arm reached, and under
+which conditions; what stands in it above the line MARK stays. With other runs or settings than the YAML's it is
+RUNS/report.md.
 """
 
 import argparse
