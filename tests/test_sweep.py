@@ -1,6 +1,5 @@
 """The experiment's runner: what would run, in which order, what is reused, and what the page says of it."""
 
-import fcntl
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from typing import Any, TextIO
 
 import pytest
 import sweep  # scripts/evidence/sweep.py
+from filelock import FileLock
 from omegaconf import OmegaConf as om
 
 from let_composer.configuration import read_methods
@@ -151,6 +151,8 @@ def test_only_what_changed_is_trained_anew(train, experiment):
     assert train() == []  # nor does the order of keys count
     experiment.arms.guided.algorithms.let.weight = 1
     assert train() == ["guided begins"]  # and not from the old checkpoint
+    experiment.teachers.small.max_duration = "8ba"
+    assert train() == ["small begins", "guided begins"]
     experiment.settings.precision = "fp32"
     assert train() == ["small begins", "plain begins", "guided begins"]
 
@@ -217,7 +219,5 @@ def test_a_run_that_fails_is_named_and_those_that_wait_for_it_do_not_run(experim
     assert "small: failed" in capsys.readouterr().out
     assert "which training needs" in Path("runs/small.log").read_text()
     assert not Path("runs/guided-s3.log").exists()
-    with open("runs/.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another call is at work in runs"):
-            sweep.main(["experiment.yaml"])
+    with FileLock("runs/.lock"), pytest.raises(ValueError, match="another call is at work in runs"):
+        sweep.main(["experiment.yaml"])
