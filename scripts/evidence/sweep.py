@@ -9,9 +9,9 @@ The YAML names a base, settings for all runs, teachers (trained first, with one 
 base, and tables of arms, the first of which is the baseline. ``overview`` picks arms of the tables for a picture over
 the lead of their teachers. Interrupt it when you like: the next call runs what has not finished with these settings and
 these teachers. With ``autoresume`` a run goes on from its last checkpoint. In RUNS, NAME.yaml is what was trained;
-train.py repeats it alone, with another run_name. Pictures go there, too. A page beside the YAML says what each arm reached, and under
-which conditions; what stands in it above the line MARK stays. With other runs or settings than the YAML's it is
-RUNS/report.md.
+train.py repeats it alone, with another run_name. Pictures go there, too. A page beside the YAML says what each arm
+reached, and under which conditions; what stands in it above the line MARK stays. With other runs or settings than the
+YAML's it is RUNS/report.md.
 """
 
 import argparse
