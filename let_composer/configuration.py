@@ -21,11 +21,7 @@ __all__ = ["load", "merge", "quiet", "read_bases", "read_methods", "read_yaml", 
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
-    """Read a YAML, or ``key=value`` strings of the command line.
-
-    Raises:
-        ValueError: If it is not there, no YAML, or holds no mapping.
-    """
+    """Read a YAML, or ``key=value`` strings of the command line; a ValueError says why it cannot be read."""
     name = "the command line" if isinstance(source, list) else source
     if isinstance(source, str) and not Path(source).is_file():
         raise ValueError(f"there is no YAML at {source!r} (looked for {Path(source).absolute()}). Check the path.")
@@ -62,11 +58,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
 
 
 def read_bases(path: str | Path) -> list[DictConfig]:
-    """A YAML, behind the one that its ``base`` names, and so on.
-
-    Raises:
-        ValueError: If one is not there, holds no mapping or is its own base.
-    """
+    """A YAML, behind the one that its ``base`` names, and so on; a ValueError if one is not there or its own base."""
     files, configs = [Path(path).resolve()], [read_yaml(str(path))]
     while base := configs[0].pop("base", None):
         files.append((files[-1].parent / str(base)).resolve())
@@ -87,28 +79,27 @@ def merge(configs: Iterable[Any]) -> DictConfig:
     Raises:
         ValueError: If null is to remove what is not there, or ``algorithms`` has none of its forms.
     """
-    copies: list[Any] = [om.create(config) for config in configs]
-    algorithms: Any = {}
-    for number, config in enumerate(copies):
+    merged, algorithms = om.create({}), om.create({})
+    for number, config in enumerate(om.create(config) for config in configs):
         if "algorithms" in config:
-            named = _expand(config.pop("algorithms"))
-            for name, own in named.items():
-                if own is None and number and name not in algorithms:
-                    raise ValueError(
-                        f"algorithms has no {name!r} that null could remove. To add it, write {name}: {{}}."
-                    )
-            kept = {name: algorithms[name] for name in algorithms if named and named.get(name, {}) is not None}
-            given = {name: own or {} for name, own in named.items() if own is not None or number == 0}
-            algorithms = om.merge(kept, given)
-    merged = om.merge(*copies, {"algorithms": algorithms})
-    assert isinstance(merged, DictConfig)
+            given = _expand(config.pop("algorithms"))
+            if not given:
+                algorithms = om.create({})
+            for name, own in given.items():
+                if own is not None or number == 0:
+                    algorithms.merge_with({name: own or {}})
+                elif algorithms.pop(name, None) is None:
+                    add = f"To add it, write {name}: {{}}."
+                    raise ValueError(f"algorithms has no {name!r} that null could remove. {add}")
+        merged.merge_with(config)
+    merged.algorithms = algorithms
     return merged
 
 
 def _expand(algorithms: Any) -> dict[str, Any]:
     """Names to arguments, from a name, a list or a mapping. A name alone has no arguments; null stays null."""
     expanded: dict[str, Any] = {}
-    for item in algorithms or [] if isinstance(algorithms, (ListConfig, type(None))) else [algorithms]:
+    for item in algorithms if isinstance(algorithms, ListConfig) else [algorithms or {}]:
         named = {item: {}} if isinstance(item, str) else item
         if not isinstance(named, (dict, DictConfig)):
             raise ValueError(f"algorithms must list names or mappings of a name to its arguments, got {item!r}.")
@@ -124,11 +115,7 @@ def _expand(algorithms: Any) -> dict[str, Any]:
 
 
 def read_methods(config: DictConfig) -> dict[str, "Options"]:
-    """The options of LET, RKD and SALT, where a YAML names them.
-
-    Raises:
-        ValueError: For an option that is unknown, of another type or out of range.
-    """
+    """The options of LET, RKD and SALT, where a YAML names them; a ValueError if one is unknown or out of range."""
     from let_composer import LET, RKD, SALT
 
     given: Any = om.to_container(config.get("algorithms") or om.create(), resolve=True)
@@ -140,11 +127,7 @@ def read_methods(config: DictConfig) -> dict[str, "Options"]:
 
 
 def require(config: DictConfig, keys: Iterable[str], reader: str) -> None:
-    """Refuse a YAML without keys that somebody reads; keys may be dotted.
-
-    Raises:
-        ValueError: With all that are missing.
-    """
+    """Refuse a YAML without keys that somebody reads, with a ValueError that names all of them; keys may be dotted."""
     if missing := [key for key in keys if om.select(config, key) is None]:
         given = " ".join(f"{key}=..." for key in missing)
         raise ValueError(f"the YAML has no {', '.join(missing)}, which {reader} needs. Give it there, or say {given}")

@@ -29,15 +29,10 @@ NEEDED = ("model", "tokenizer", "optimizer", "scheduler", "train_loader", "max_s
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train; what the user can put right ends the program with a line, without a traceback.
-
-    Args:
-        arguments: Of the command line. Default: those of the process.
-    """
+    """Train; what the user can put right ends the program with a line, without a traceback."""
+    usage = "composer scripts/train.py YAML [YAML ...] [key=value ...]"
     parser = argparse.ArgumentParser(
-        usage="composer scripts/train.py YAML [YAML ...] [key=value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("yaml", metavar="YAML", help="a training YAML of llm-foundry")
     parser.add_argument("more", nargs="*", metavar="YAML or key=value", help="merged into it; keys may be dotted")
@@ -45,9 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = load(options.yaml, options.more)
         if missing := sorted(key for key in om.missing_keys(config) if not _is_interpolation(config, key)):
+            values = " ".join(f"{key}=..." for key in missing)
             raise ValueError(
-                f"{options.yaml} leaves {', '.join(missing)} open. Give a value on the command line: "
-                + " ".join(f"{key}=..." for key in missing)
+                f"{options.yaml} leaves {', '.join(missing)} open. Give a value on the command line: {values}"
             )
         refuse_unknown("the YAML", config, TRAIN_CONFIG_KEYS)
         read_methods(config)

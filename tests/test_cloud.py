@@ -15,33 +15,6 @@ ROOT = Path(__file__).parents[1]
 CLOUD = ROOT / "yamls" / "cloud"
 
 
-@pytest.fixture
-def launched(tmp_path):
-    """Run a command of a run file with a launcher that only writes down its arguments."""
-
-    def run(command: list[str], **env: str) -> list[str]:
-        bin = tmp_path / "bin"
-        bin.mkdir(exist_ok=True)
-        for name, body in {
-            "composer": f'printf "%s\\n" "$@" > {tmp_path}/arguments',
-            "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-            "scontrol": 'printf "node-a\\nnode-b\\n"',
-        }.items():
-            (bin / name).write_text(f"#!/bin/sh\n{body}\n")
-            (bin / name).chmod(0o755)
-        # The scripts put the environment of this folder first, and here that is none.
-        env["PATH"] = f"{bin}:{os.environ['PATH']}"
-        subprocess.run(command, check=True, cwd=tmp_path, env=env, timeout=60)
-        return (tmp_path / "arguments").read_text().splitlines()
-
-    return run
-
-
-def options(arguments: list[str]) -> dict[str, str]:
-    end = arguments.index("scripts/train.py")
-    return dict(zip(arguments[:end:2], arguments[1:end:2], strict=True))
-
-
 def test_the_mosaicml_run_has_the_schema_of_its_client_and_parameters_over_the_yaml(tmp_path):
     run = RunConfig.from_file(CLOUD / "mcli.yaml")  # unknown fields are a warning, so an error here
     assert run.compute["gpus"] == 32 and run.image.startswith("mosaicml/llm-foundry:2.7.0")
@@ -55,35 +28,45 @@ def test_the_mosaicml_run_has_the_schema_of_its_client_and_parameters_over_the_y
     assert not om.missing_keys(config)
 
 
-@pytest.mark.parametrize("node", ["0", "1"])
-def test_slurm_starts_one_launcher_a_node(launched, node):
-    slurm = {"JOB_NODELIST": "node-[a-b]", "JOB_ID": "40007", "NNODES": "2", "NODEID": node, "GPUS_ON_NODE": "8"}
-    given = ["yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"]
-    found = launched(
-        ["bash", str(CLOUD / "slurm.sbatch"), *given], **{f"SLURM_{name}": value for name, value in slurm.items()}
-    )
-    assert found[found.index("scripts/train.py") + 1 :] == given
-    assert options(found) == {
-        "--nproc": "8",
-        "--world_size": "16",
-        "--node_rank": node,
-        "--base_rank": str(8 * int(node)),
-        "--master_addr": "node-a",
-        "--master_port": "20007",
-    }
+SLURM = {"JOB_NODELIST": "node-[a-b]", "JOB_ID": "40007", "NNODES": "2", "NODEID": "1", "GPUS_ON_NODE": "8"}
+SKYPILOT = {"NUM_GPUS_PER_NODE": "8", "NUM_NODES": "4", "NODE_RANK": "3", "NODE_IPS": "10.0.0.1\n10.0.0.2"}
+PROGRAMS = {
+    "composer": 'printf "%s\\n" "$@" > arguments',
+    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+    "scontrol": 'printf "node-a\\nnode-b\\n"',
+}
 
 
-def test_skypilot_starts_one_launcher_a_node(launched):
-    task = yaml.safe_load((CLOUD / "skypilot.yaml").read_text())
-    addresses = "\n".join(f"10.0.0.{number}" for number in (1, 2, 3, 4))
-    sky = {"NUM_GPUS_PER_NODE": "8", "NUM_NODES": "4", "NODE_RANK": "3", "NODE_IPS": addresses}
-    found = launched(
-        ["bash", "-c", task["run"]],
-        **{f"SKYPILOT_{name}": value for name, value in sky.items()},
-        DATA="s3://bucket/pile",
-        RUNS="/runs",
-    )
-    expected = {"data_remote": "s3://bucket/pile", "data_local": "/data/pile-mds", "runs": "/runs"}
-    assert found[-3:] == [f"variables.{name}={value}" for name, value in expected.items()]
-    assert options(found)["--world_size"] == "32" and options(found)["--base_rank"] == "24"
-    assert options(found)["--master_addr"] == "10.0.0.1"
+@pytest.mark.parametrize(
+    ("command", "environment", "place", "given"),
+    [
+        (
+            [str(CLOUD / "slurm.sbatch"), "yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"],
+            {f"SLURM_{name}": value for name, value in SLURM.items()},
+            "--nproc 8 --world_size 16 --node_rank 1 --base_rank 8 --master_addr node-a --master_port 20007",
+            ["yamls/let_7b.yaml", "variables.data_remote=s3://bucket/a b"],
+        ),
+        (
+            ["-c", yaml.safe_load((CLOUD / "skypilot.yaml").read_text())["run"]],
+            {f"SKYPILOT_{name}": value for name, value in SKYPILOT.items()} | {"DATA": "s3://b/a b", "RUNS": "/runs"},
+            "--nproc 8 --world_size 32 --node_rank 3 --base_rank 24 --master_addr 10.0.0.1 --master_port 29400",
+            [
+                "yamls/let_7b.yaml",
+                "variables.data_remote=s3://b/a b",
+                "variables.data_local=/data/pile-mds",
+                "variables.runs=/runs",
+            ],
+        ),
+    ],
+    ids=["slurm", "skypilot"],
+)
+def test_each_node_starts_one_launcher(tmp_path, command, environment, place, given):
+    """With programs that only write down their arguments."""
+    for name, body in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    # The scripts put the environment of this folder first, and here that is none.
+    environment = {**environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", *command], check=True, cwd=tmp_path, env=environment, timeout=60)
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments == [*place.split(), "scripts/train.py", *given]

@@ -45,22 +45,15 @@ def test_short_forms_and_overrides(tmp_path, algorithms, expected):
 
 
 @pytest.mark.parametrize(
-    ("given", "left"),
-    [
-        ("algorithms.let=null", {"gradient_clipping"}),
-        ("algorithms={let: null}", {"gradient_clipping"}),
-        ("algorithms=null", set()),
-        ("algorithms=[]", set()),
-        ("algorithms={}", set()),
-    ],
+    "given", ["algorithms.let=null", "algorithms={let: null}", "algorithms=null", "algorithms=[]", "algorithms={}"]
 )
-def test_null_removes_on_the_command_line_and_in_a_second_yaml(tmp_path, given, left):
+def test_null_removes_on_the_command_line_and_in_a_second_yaml(tmp_path, given):
     path = write(tmp_path / "run.yaml", "\n  gradient_clipping: {clipping_type: norm}\n  let: {weight: 0.3}")
     second = tmp_path / "second.yaml"
     om.save(om.from_cli([given]), second)
-    assert set(load(path, [given]).algorithms) == set(load(path, [str(second)]).algorithms) == left
-    added = load(path, [str(second), "algorithms=[let]"]).algorithms
-    assert added.let == {} and set(added) == left | {"let"}
+    left = {"gradient_clipping": {"clipping_type": "norm"}} if "let" in given else {}
+    assert load(path, [given]).algorithms == load(path, [str(second)]).algorithms == left
+    assert load(path, [str(second), "algorithms=[let]"]).algorithms == {**left, "let": {}}
 
 
 def test_a_yaml_with_a_base_is_a_difference_from_it(tmp_path):
@@ -70,49 +63,38 @@ def test_a_yaml_with_a_base_is_a_difference_from_it(tmp_path):
     (tmp_path / "last.yaml").write_text("base: in/other.yaml\nseed: 3\n")
     found = om.to_container(load(str(tmp_path / "last.yaml"), ["algorithms.let.stop=2ba"]))
     assert found == {"max_duration": "4ba", "seed": 3, "algorithms": {"let": {"weight": 0.3, "stop": "2ba"}}}
-    for second, message in (
-        ("algorithms: {rkd: }", "no 'rkd' that null could remove. To add it, write rkd: {}"),
-        ("base: whole.yaml", "only the first YAML may have a base"),
-        ("algorithms: {rkd: '${nowhere}'}", "Interpolate single arguments alone"),
-    ):
-        (tmp_path / "second.yaml").write_text(second)
-        with pytest.raises(ValueError, match=message):
-            load(str(tmp_path / "last.yaml"), [str(tmp_path / "second.yaml")])
     write(tmp_path / "whole.yaml", " let\nbase: last.yaml")
     with pytest.raises(ValueError, match="last.yaml ends up as its own base. Leave base out of whole.yaml"):
         load(str(tmp_path / "last.yaml"), [])
 
 
 @pytest.mark.parametrize(
-    ("algorithms", "message"),
-    [
-        (" [lett]", "algorithms has no 'lett' .did you mean 'let'?"),
-        ("\n  gradient_cliping: {}", "did you mean 'gradient_clipping'?"),
-        (" [let, let]", "names 'let' twice"),
-        (" [3]", "names or mappings of a name to its arguments, got 3"),
-    ],
-)
-def test_a_bad_list_is_explained(tmp_path, algorithms, message):
-    with pytest.raises(ValueError, match=message):
-        load(write(tmp_path / "run.yaml", algorithms), [])
-
-
-@pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["max_duraton=2ba"], "train.py: the YAML has no 'max_duraton' .did you mean 'max_duration'"),
-        (["algorithms.let.wieght=1"], "train.py: LET has no 'wieght' .did you mean 'weight'"),
-        (["algorithms.let.weight=-1"], "train.py: weight must be finite"),
-        (["run_name=???"], "train.py: .*run.yaml leaves run_name open"),
-        (["a=[1"], "train.py: the command line cannot be read"),
-        (["nowhere.yaml"], "train.py: there is no YAML at 'nowhere.yaml'"),
-        (["global_train_batch_size=null"], "train.py: the YAML has no global_train_batch_size, which training needs"),
+        ("algorithms: [lett]", "algorithms has no 'lett' .did you mean 'let'?"),
+        ("algorithms: {gradient_cliping: {}}", "algorithms has no .* .did you mean 'gradient_clipping'?"),
+        ("algorithms: [let, let]", "algorithms names 'let' twice"),
+        ("algorithms: [3]", "algorithms must list names or mappings of a name to its arguments, got 3"),
+        ("algorithms: {rkd: }", "algorithms has no 'rkd' that null could remove. To add it, write rkd: {}"),
+        ("algorithms: {rkd: '${nowhere}'}", r"algorithms cannot be read: [\s\S]*Interpolate single arguments alone"),
+        ("base: whole.yaml", "only the first YAML may have a base"),
+        ("max_duraton=2ba", "the YAML has no 'max_duraton' .did you mean 'max_duration'"),
+        ("algorithms.let.wieght=1", "LET has no 'wieght' .did you mean 'weight'"),
+        ("algorithms.let.weight=-1", "weight must be finite"),
+        ("run_name=???", ".*run.yaml leaves run_name open"),
+        ("a=[1", "the command line cannot be read"),
+        ("nowhere.yaml", "there is no YAML at 'nowhere.yaml'"),
+        ("global_train_batch_size=null", "the YAML has no global_train_batch_size, which training needs"),
     ],
 )
 def test_what_a_user_can_put_right_is_told_in_a_line(tmp_path, given, message):
+    """On the command line, and in a second YAML."""
+    if ": " in given:
+        (tmp_path / "second.yaml").write_text(given)
+        given = str(tmp_path / "second.yaml")
     path = foundry_yaml(tmp_path, variables=ELSEWHERE, algorithms={"let": {}})
-    with pytest.raises(SystemExit, match=message):
-        script.main([path, *given])
+    with pytest.raises(SystemExit, match=f"train.py: {message}"):
+        script.main([path, given])
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):

@@ -39,14 +39,3 @@ def test_llm_foundry_takes_what_is_printed(path, capsys):
     config = om.merge(printed, {"variables": {"data_local": "shards"}})
     _, read = make_dataclass_and_log_config(config, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
     assert read.eval_loader["dataset"]["split"] == "val" and not read.eval_loader["dataset"]["shuffle"]
-
-
-@pytest.mark.parametrize("kind", [[], ["pretrained.yaml"]], ids=["quickstart", "pretrained"])
-def test_the_quickstarts_let_adds_a_block_and_nothing_else(kind):
-    baseline, *others = (str(YAMLS / "quickstart" / name) for name in ("baseline.yaml", *kind, "let.yaml"))
-    given = ([*others[:-1], "run_name=let"], others)
-    plain, guided = (om.to_container(load(baseline, arguments), resolve=True) for arguments in given)
-    let = guided["algorithms"].pop("let")
-    assert guided == plain
-    assert let["teacher"] == plain["variables"]["teacher"]
-    LET(**let)

@@ -1,7 +1,7 @@
 r"""What LET adds to a step: plain, guided and after-stop steps of one model in one Trainer, taking turns.
 
     python scripts/benchmarks/step.py yamls/let_1b4.yaml --gpu h100 --out runs/benchmarks/1b4
-    python scripts/benchmarks/step.py yamls/quickstart/baseline.yaml yamls/quickstart/let.yaml \
+    python scripts/benchmarks/step.py yamls/quickstart/baseline.yaml \
         algorithms.let.teacher=EleutherAI/pythia-31m model.d_model=256 model.n_heads=4 model.n_layers=6 \
         max_seq_len=256 global_train_batch_size=4 device_train_microbatch_size=4
 

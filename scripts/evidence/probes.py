@@ -44,7 +44,7 @@ def measure(experiment: sweep.DictConfig) -> dict[tuple[str, int], dict[str, flo
     shuffled = text.flatten()[torch.randperm(text.numel(), generator=torch.Generator().manual_seed(17))]
     twice = shuffled.view(-1, LENGTH // 2)[:ROWS].repeat(1, 2)
     for job in jobs:
-        if job.arm and job.done(runs):
+        if job.arm and job.done():
             model = MPTForCausalLM.from_pretrained(runs / "huggingface" / job.name).eval()
             first, second = losses(model, twice).split(LENGTH // 2, dim=1)
             saved = (first.mean() - second.mean()).item()
