@@ -58,7 +58,7 @@ def _runs(pattern: str) -> list[Path]:
 
 def crossing(curve: Curve, level: float) -> float:
     """Where a falling curve first reaches a level, linear between its points; NaN if it never does."""
-    x, y = curve
+    x, y = (of[np.isfinite(curve[1])] for of in curve)
     if not (below := np.flatnonzero(y <= level)).size:
         return np.nan
     i = slice(max(0, int(below[0]) - 1), int(below[0]) + 1)
@@ -77,7 +77,7 @@ def _measure(run: Run, tokens: float, level: float, teacher: float, sign: int) -
         "loss_at_equal_tokens": np.interp(tokens, x, y),
         "tokens": end,
         "compute": compute,
-        "teacher_share": 1 - end / compute,  # of the compute
+        "teacher_share": 1 - end / compute if compute else np.nan,  # of the compute
         "train_seconds": run.train_seconds[1][-1],
         "tokens_to_baseline_loss": reached,
         "compute_to_baseline_loss": np.interp(reached, *run.compute),

@@ -17,7 +17,7 @@ from let_composer.names import refuse_unknown
 if TYPE_CHECKING:
     from let_composer.options import Options
 
-__all__ = ["load", "merge", "quiet", "read_bases", "read_methods", "read_yaml", "require"]
+__all__ = ["build_tokenizer", "load", "merge", "quiet", "read_bases", "read_methods", "read_yaml", "require"]
 
 
 def read_yaml(source: str | list[str]) -> DictConfig:
@@ -124,6 +124,17 @@ def read_methods(config: DictConfig) -> dict[str, "Options"]:
         return {name: methods[name](**given[name]) for name in given if name in methods}
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def build_tokenizer(entry: dict[str, Any]) -> Any:
+    """The tokenizer of a YAML. llm-foundry's own function for it is a collective of all ranks."""
+    from llmfoundry import registry
+    from transformers import AutoTokenizer
+
+    name, kwargs = entry["name"], entry.get("kwargs") or {}
+    if name in registry.tokenizers:
+        return registry.tokenizers.get(name)(**kwargs)
+    return AutoTokenizer.from_pretrained(name, **kwargs)
 
 
 def require(config: DictConfig, keys: Iterable[str], reader: str) -> None:

@@ -25,10 +25,10 @@ class RKD(Guidance):
 
     ``loss = (1 - weight(t)) * student's loss + weight(t) * KL(teacher || student)``
 
-    A sibling of :class:`LET`: same events, schedule, teacher, checkpoints and metrics, these under ``kd/``. Beside LET,
-    in any order, both terms join with the student's own loss, and a teacher that both name is loaded and run once. What
-    a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. Needs no
-    block of the student. The paper's weight and temperature are not on record.
+    A sibling of :class:`LET`: same events, schedule, teacher and checkpoints. Its metrics are under ``kd/``. Beside
+    LET, in any order, both terms join with the student's own loss, and a teacher that both name is loaded and run once.
+    What a mixture of experts adds to its loss for balance keeps its full weight, where the model reports it apart. It
+    needs no block of the student. The paper's weight and temperature are not on record.
 
     Args:
         teacher: As in :class:`LET`.

@@ -1,6 +1,7 @@
 """The options of the methods, checked as soon as they are read."""
 
 import dataclasses
+import inspect
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from let_composer.annealing import Anneal, parse_stop
@@ -31,8 +32,15 @@ class Options:
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __new__(cls, *_: Any, **given: Any):  # before the dataclass looks, whose message would not say what there is
-        refuse_unknown(cls.__name__, given, [field.name for field in dataclasses.fields(cls)])
+        parameters = inspect.signature(cls.__init__).parameters
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+            refuse_unknown(cls.__name__, given, [name for name in parameters if name != "self"])
         return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dataclass_fields__ and name in self.__dict__:
+            raise dataclasses.FrozenInstanceError(f"{name} is fixed once {type(self).__name__} is made: make another.")
+        super().__setattr__(name, value)
 
     def check(self) -> None:
         """Refuse values of another type or out of range."""

@@ -143,8 +143,8 @@ def _draw_losses(
             text += f", ★ after {reached['mean'] / whole:.0%} of the {over}"
         _plot(axis, of[""], color=colors[arm], label=text)
         if "weight" in of:
-            stop, share = of["weight"][0][-1], own["teacher_share"]["mean"]
-            text = f"guided; the teacher took {share:.1%} of the compute"
+            stop, share = of["weight"][0][-1], own["teacher_share"]  # none where nothing is computed yet
+            text = f"guided; the teacher took {share['mean']:.1%} of the compute" if share else "guided"
             axis.axvspan(0, stop, color=colors[arm], alpha=0.1, lw=0, label=text)
             if stop < 0.98 * of[""][0][-1]:
                 place, above = (stop, 0.02), axis.get_xaxis_transform()

@@ -122,6 +122,16 @@ def test_a_diverged_arm_is_shown_as_such(tmp_path):
     assert diverged["over_seeds"]["loss_at_equal_tokens"] is diverged["over_seeds"]["tokens_to_baseline_loss"] is None
     with pytest.raises(ValueError, match="the final loss of b is nan"):
         compare(group(folders[::-1]), None, tmp_path / "picture")
+    spike = write_run(tmp_path / "c", [6.0, math.inf, 4.0])
+    assert "c reaches the final loss of a, 5.000" in verdict(summarize(arms(folders[0], spike)))
+
+
+def test_a_guided_run_that_has_just_begun_is_drawn(tmp_path):
+    head = "step,time/token,metrics/eval/LanguageCrossEntropy,let/weight,let/teacher_flops_share"
+    (tmp_path / "a.csv").write_text("\n".join([head, "0,0,6.0,,", "1,100,4.0,,", "2,200,3.5,,"]))
+    (tmp_path / "b.csv").write_text("\n".join([head, "0,0,6.0,1.0,0.3", "1,100,,0.9,0.3"]))
+    compare(group([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]), None, tmp_path / "picture")
+    assert (tmp_path / "picture.html").exists()
 
 
 def test_files_are_written(tmp_path, capsys):

@@ -103,7 +103,11 @@ def test_validation_holds_out_by_text(tmp_path, out, bpe):
 def test_by_subset(tmp_path, out, bpe):
     names = ["Pile-CC", "Wikipedia (en)", "My own / texts"]
     texts = [f"{i % 3} {text}" for i, text in enumerate(english())]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(texts, lambda i: names[i % 3]))
+    data = jsonl(texts, lambda i: names[i % 3])
+    # Some have meta as a string, as a column may have it.
+    (tmp_path / "a.jsonl").write_bytes(
+        data.replace(b'{"pile_set_name": "Pile-CC"}', b'"{\\"pile_set_name\\": \\"Pile-CC\\"}"')
+    )
     manifest = run(plan(tmp_path / "a.jsonl", bpe, by_subset=True, shuffle_seed=None), out)
     folders = [manifest["streams"][name]["folder"] for name in names]
     assert folders[:2] == ["pile-cc", "wikipedia-en"] and folders[2].startswith("my-own-texts-")

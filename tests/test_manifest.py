@@ -39,8 +39,12 @@ def test_manifest_is_checked(tmp_path, out, bpe, caplog):
     vocab = table["model"]["vocab"]
     vocab["Ġthe"], vocab["Ġof"] = vocab["Ġof"], vocab["Ġthe"]
     file.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=r"\(700 tokens, sha256:.*\(701 tokens, sha256:.*other text"):
-        check_config(config(out, tmp_path / "copy"))
+    registry.tokenizers.register("own", func=lambda **_: AutoTokenizer.from_pretrained(tmp_path / "copy"))
+    own = config(out, "own")
+    own["tokenizer"]["note"] = "llm-foundry reads no other key than name and kwargs"
+    for wrong in (config(out, tmp_path / "copy"), own):
+        with pytest.raises(ValueError, match=r"\(700 tokens, sha256:.*\(701 tokens, sha256:.*other text"):
+            check_config(wrong)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"name": "an app", "tokenizer": "x"}', None])
@@ -50,7 +54,7 @@ def test_a_manifest_that_is_not_there_or_not_ours_is_said(tmp_path, bpe, content
         (tmp_path / "train" / "manifest.json").write_text(content)
     check_config(config(tmp_path, bpe))
     why = "its manifest.json cannot be read as one of let-composer prepare" if content else "there is no manifest.json"
-    said = f"Neither tokenizer nor sequence length of the shards in {tmp_path}/train was checked: {why}"
+    said = f"Whether the shards in {tmp_path}/train fit the run's tokenizer and length is unknown: {why}"
     assert said in caplog.text
 
 

@@ -1,5 +1,8 @@
 """Options are refused as soon as they are read."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from let_composer import LET, SALT
@@ -36,3 +39,18 @@ from let_composer import LET, SALT
 def test_bad_options(method, options, error, message):
     with pytest.raises(error, match=message):
         method(**options)
+
+
+def test_options_are_fixed_and_a_subclass_has_its_own():
+    method = LET()
+    with pytest.raises(dataclasses.FrozenInstanceError, match="weight is fixed once LET is made"):
+        method.weight = 0
+
+    class Own(LET):
+        def __init__(self, scale: float, **options: Any) -> None:
+            super().__init__(**options)
+            self.scale = scale
+
+    assert (Own(2.0, weight=0.5).weight, Own(2.0).scale) == (0.5, 2.0)
+    with pytest.raises(TypeError, match="wieght"):
+        Own(2.0, wieght=0.5)

@@ -41,7 +41,6 @@ from let_composer.files import replacing
 
 __all__ = ["add_arguments", "convert", "run"]
 
-AGAIN = "call again: what is finished is kept."
 VERSIONS = ("mosaicml-streaming", "numpy", "tokenizers", "transformers", "zstd")
 
 
@@ -73,19 +72,17 @@ def _proportion(entry: str) -> tuple[str, float]:
     with contextlib.suppress(ValueError):
         if 0 < float(weight) < math.inf:
             return name, float(weight)
-    expected = "expected SUBSET=WEIGHT with a weight above 0, such as 'Pile-CC=0.5'"
-    raise argparse.ArgumentTypeError(f"{expected}, got {entry!r}. Leave out what is not wanted.")
+    raise argparse.ArgumentTypeError(f"expected SUBSET=WEIGHT, weight above 0, such as 'Pile-CC=0.5', got {entry!r}")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     args.proportions = dict(args.proportions)
     manifest = convert(args)
-    made = {name or "all": about["splits"] for name, about in manifest["streams"].items()}
+    names = {"": "all", UNLABELLED: "unlabelled, without meta.pile_set_name or pile_set_name"}
+    made = {names.get(name, name): about["splits"] for name, about in manifest["streams"].items()}
     about = {"made": made, "skipped": manifest["problems"], "left out": manifest["left_out"]}
-    print(yaml.safe_dump(about, default_flow_style=None, sort_keys=False, width=120), file=sys.stderr)
-    if UNLABELLED in manifest["streams"]:
-        print("The unlabelled have no name under meta.pile_set_name or pile_set_name.", file=sys.stderr)
+    yaml.safe_dump(about, sys.stderr, default_flow_style=None, sort_keys=False, width=10**6, allow_unicode=True)
     if args.by_subset:
         print(streams_block(manifest, args.out, args.proportions), end="")
     print(f"{args.out}: ready.", file=sys.stderr)
@@ -94,14 +91,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
-    """Convert documents into MDS shards at ``args.out``, continuing an earlier call that was interrupted.
-
-    Returns:
-        The manifest.
+    """Convert documents into MDS shards at ``args.out``, or go on where an earlier call was cut; returns the manifest.
 
     Raises:
-        ValueError: Input that cannot be read (``on_error: stop``), an output folder that holds something else, or
-            arguments that do not fit together.
+        ValueError: For input that cannot be read, a folder that holds something else, arguments that do not fit.
     """
     if min(args.sequence_length, args.workers) < 1:
         raise ValueError(f"--sequence-length and --workers must exceed 0, got {args.sequence_length}, {args.workers}.")
@@ -153,9 +146,11 @@ def _locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"Another process is at work in {folder}. Wait for it, or choose another --out.") from error
     except OSError as error:
-        raise ValueError(f"Cannot go on: {error}. Put that right and {AGAIN}") from error
+        raise ValueError(f"Cannot go on: {error}. Put that right and call again: what is finished is kept.") from error
     except BrokenProcessPool as error:
-        raise ValueError(f"A worker was killed, most often for want of memory. With fewer --workers {AGAIN}") from error
+        raise ValueError(
+            "A worker was killed, mostly for want of memory. Call again with fewer --workers: what is done is kept."
+        ) from error
 
 
 def _finished(args: argparse.Namespace, wanted: dict[str, Any]) -> dict[str, Any] | None:

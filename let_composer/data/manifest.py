@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from let_composer.configuration import build_tokenizer
+
 __all__ = ["MANIFEST", "check_config", "different", "is_remote", "join", "load_tokenizer", "read_manifest", "recipe"]
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,12 @@ def tokenizer_fingerprint(tokenizer: Any, below: int | None = None) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
-def load_tokenizer(name: str, kwargs: dict[str, Any] | None = None) -> Any:
+def load_tokenizer(name: str) -> Any:
     """Load a fast tokenizer."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **(kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer at {name!r}: expected a folder with tokenizer.json or a name on the model hub. {error}"
@@ -105,24 +107,23 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
     for folder, cached, max_seq_len in _shards(config) if config.get("tokenizer") else ():
         manifest, why_not = read_manifest(folder)
         if manifest:
+            if (got := manifest["sequence_length"]) != max_seq_len:
+                raise ValueError(
+                    f"The shards in {folder} hold sequences of {got} tokens, but max_seq_len is {max_seq_len}. Set "
+                    f"max_seq_len to {got}, or prepare shards with --sequence-length {max_seq_len}."
+                )
             try:
-                # Not llm-foundry's build_tokenizer, which is a collective of all ranks.
-                tokenizer = tokenizer or load_tokenizer(**config["tokenizer"])
-            except ValueError as error:
+                tokenizer = tokenizer or build_tokenizer(config["tokenizer"])
+            except (OSError, ValueError) as error:
                 why_not = f"the run's tokenizer cannot be built ({error})"
             else:
-                _check(manifest, folder, tokenizer, max_seq_len, cached)
+                _check(manifest, folder, tokenizer, cached)
         if why_not:
-            log.warning("Neither tokenizer nor sequence length of the shards in %s was checked: %s.", folder, why_not)
+            log.warning("Whether the shards in %s fit the run's tokenizer and length is unknown: %s.", folder, why_not)
     return config
 
 
-def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, max_seq_len: int, cached: str | None) -> None:
-    if (got := manifest["sequence_length"]) != max_seq_len:
-        raise ValueError(
-            f"The shards in {folder} hold sequences of {got} tokens, but max_seq_len is {max_seq_len}. Set max_seq_len "
-            f"to {got}, or prepare shards with --sequence-length {max_seq_len}."
-        )
+def _check(manifest: dict[str, Any], folder: str, tokenizer: Any, cached: str | None) -> None:
     made = manifest["tokenizer"]
     ours = tokenizer_fingerprint(tokenizer, made["vocabulary_size"])  # tokens added since are in no shard
     if made["fingerprint"] != ours:

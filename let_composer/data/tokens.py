@@ -1,5 +1,6 @@
 """One piece of input to the token ids of its documents, in a worker."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ __all__ = ["PROBLEMS_KEPT", "SPLITS", "UNLABELLED", "start_worker", "tokenize"]
 
 SPLITS = ("train", "val")
 UNLABELLED = "unlabelled"
-PROBLEMS_KEPT = 100
+PROBLEMS_KEPT = 20
 LONGEST = 64 << 20  # bytes of a document, which takes up to 100 times its size in memory
 
 _args: Any
@@ -97,5 +98,8 @@ def _documents(piece: Piece, problems: list[str], counts: Counter[str]) -> Itera
 
 def _subset(row: dict[str, Any]) -> str:
     meta = row.get("meta")
+    if isinstance(meta, str):
+        with contextlib.suppress(ValueError):
+            meta = json.loads(meta)
     name = (meta.get("pile_set_name") if isinstance(meta, dict) else None) or row.get("pile_set_name")
     return name.encode().decode() if isinstance(name, str) else UNLABELLED

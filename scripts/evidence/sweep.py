@@ -307,8 +307,8 @@ def _draw(rows: Rows, out: Path) -> None:
     axis.set_ylabel("tokens to the baseline's final loss [% of its own]")
     axis.text(0.01, 0.02, "unguided, the student overtakes the teacher", transform=axis.transAxes, color=gray)
     axis.text(0.99, 0.02, "unguided, it does not", transform=axis.transAxes, ha="right", color=gray)
+    axis.margins(x=0.16, y=0.15)
     axis.set_ylim(top=108 + 4 * len(rows))
-    axis.margins(x=0.12)
     axis.legend(frameon=False, loc="upper right")
     axis.grid(alpha=0.25)
     for suffix in ("png", "svg"):
