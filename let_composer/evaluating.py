@@ -104,7 +104,7 @@ def score(model: str, tasks: list[str], **options: Any) -> pd.DataFrame:
     with quiet():
         try:
             loaded: Any = manager.load(tasks)["tasks"]
-        except (ValueError, YAMLError) as error:
+        except (ValueError, TypeError, KeyError, YAMLError) as error:
             raise ValueError(f"lm-eval cannot read {' '.join(tasks)}: {error}") from error
         network, tokenizer = open_model(model)
         network = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composer.utils import dist
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import TRANSFORMERS_CACHE
 
-from let_composer.configuration import quiet
 from let_composer.student import find_blocks
 
 __all__ = ["build", "load", "load_config", "locate", "wanted"]
 
 log = logging.getLogger(__name__)
 
-_TEXTS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+# Weights in any format, and what is for people to look at.
+_NOT_READ = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".npz")
+_NOT_READ += (".tflite", ".zip", ".gz", ".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".mp4", ".gitattributes")
 _PACKAGES = {"awq": "autoawq", "gptq": "gptqmodel"}  # where the package is not called like the method
 _POINTER = b"version https://git-lfs"
 
@@ -42,8 +46,8 @@ def locate(name: str, trust_remote_code: bool = False, weights: bool = True) -> 
     """
     path = Path(name).expanduser()
     gguf = name.endswith(".gguf")
-    if not path.exists():
-        if gguf or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not name or not path.exists():
+        if gguf or name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") > 1:
             raise ValueError(f"there is no teacher at {name!r} (looked for {path.absolute()}). Check the path.")
         path = _fetch(name, weights)
     if gguf:
@@ -53,7 +57,7 @@ def locate(name: str, trust_remote_code: bool = False, weights: bool = True) -> 
             )
         files, folder, options = [path], path.parent, {"gguf_file": path.name}
     else:
-        files = sorted(path / file for file in wanted(file.name for file in path.glob("*")))
+        files = sorted(path / file for file in wanted(file.name for file in path.glob("*") if file.is_file()))
         folder, options = path, {"trust_remote_code": trust_remote_code}
     for file in files:
         _check_file(file, name)
@@ -61,30 +65,39 @@ def locate(name: str, trust_remote_code: bool = False, weights: bool = True) -> 
 
 
 def wanted(files: Iterable[str]) -> list[str]:
-    """The files of a model that loading reads: the weights in one format, configuration, tokenizer, code."""
+    """The files of a model that loading may read: its weights in one format, and whatever its code may ask for."""
     files = [file for file in files if "/" not in file]
-    weights = [file for file in files if file.startswith("model") and file.endswith(".safetensors")]
+    safe = [f for f in files if f.endswith(".safetensors") and not f.startswith(("adapter", "consolidated"))]
+    weights = [file for file in safe if file.startswith("model")]
+    if not weights and "model.safetensors.index.json" in files:
+        weights = safe  # whatever the index calls them
     weights = weights or [file for file in files if file.startswith("pytorch_model") and file.endswith(".bin")]
-    return weights + [file for file in files if file.endswith(_TEXTS)]
+    return weights + [file for file in files if not file.endswith(_NOT_READ)]
 
 
 @functools.cache
 def _fetch(name: str, weights: bool) -> Path:
     repository, _, revision = name.partition("@")  # no hub id holds one
-    repo: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
+    repo: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "cache_dir": TRANSFORMERS_CACHE}
+    files: list[str] = []
     try:
         if constants.HF_HUB_OFFLINE:
             return Path(snapshot_download(**repo, local_files_only=True))
-        files = wanted(HfApi().list_repo_files(**repo))
-        if not weights:
-            files = [file for file in files if file.endswith(_TEXTS)]
+        files = wanted(HfApi().list_repo_files(repository, revision=revision or None))
+        files = files if weights else [file for file in files if not file.endswith(_NOT_READ)]
         return Path(snapshot_download(**repo, allow_patterns=files))
     except Exception as error:
+        cached = Path()
         with contextlib.suppress(OSError, ValueError):
             cached = Path(snapshot_download(**repo, local_files_only=True))
+        if cached == Path():
+            raise _missing(name, error) from error
+        if lacking := [file for file in files if not (cached / file).exists()]:
+            came = f"teacher {name!r} came in part, without {', '.join(lacking)} ({error})"
+            raise ValueError(f"{came}. Start again: what has come is kept.") from error
+        if dist.get_local_rank() == 0:
             log.warning("teacher %r could not be downloaded, the hub's cache is used: %s", name, error)
-            return cached
-        raise _missing(name, error) from error
+        return cached
 
 
 def _missing(name: str, error: Exception) -> ValueError:
@@ -194,18 +207,21 @@ def load(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code:
     options |= {"torch_dtype": dtype, "output_loading_info": True}
     if device.type != "cpu":
         options["device_map"] = {"": device}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it reports the LM head as unused; what matters is checked below
     try:
-        with quiet():  # transformers reports the LM head as unused; what matters is checked below
-            model, missing = _load(kinds[0], folder, options)
-            if missing and len(kinds) > 1:  # or its body has other names than in the whole model, as gemma3_text has
-                with contextlib.suppress(ValueError):  # there may be no such class
-                    whole = _load(kinds[1], folder, options)
-                    model, missing = (model, missing) if whole[1] else whole
+        model, missing = _load(kinds[0], folder, options)
+        if missing and len(kinds) > 1:  # or its body has other names than in the whole model, as gemma3_text has
+            with contextlib.suppress(ValueError):  # there may be no such class
+                whole = _load(kinds[1], folder, options)
+                model, missing = (model, missing) if whole[1] else whole
     except (OSError, RuntimeError, EOFError, ImportError, ValueError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).partition("\nModel type should be one of")[0]  # and then come hundreds
         raise ValueError(f"the weights of teacher {name!r} cannot be loaded: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     output = model.get_output_embeddings()
     of_head = next((f"{name}." for name, module in model.named_modules() if module is output), "")
     if head and missing and of_head and all(key.startswith(of_head) for key in missing):

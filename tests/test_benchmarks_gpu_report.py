@@ -14,6 +14,7 @@ import torch
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """Run the report on a made-up machine with parts that only print."""
+    assert script.LIMIT + script.GRACE < 600  # a call's own limit where machines are lent
     monkeypatch.setattr(script, "LIMIT", 3)
     monkeypatch.setattr(script, "GRACE", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

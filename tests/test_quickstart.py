@@ -1,6 +1,7 @@
 """What the quickstart asks the sweep for, which decides what is trained again; its steps are tested where they are."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ def quickstart(tmp_path):
     for path, body in {
         tmp_path / "scripts" / "install.sh": "",
         bin / "let-composer": 'mkdir -p "$4"; echo "$TOKENS" > "$4/manifest.json"',
-        bin / "python": '[ "$1" = -c ] && exit ${NO_CUDA:-1}; echo "$OMP_WAIT_POLICY $*" > calls',
+        bin / "python": '[ "$1" = -c ] && exit ${NO_CUDA:-1}; echo "$OMP_WAIT_POLICY $*" >> calls',
     }.items():
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
@@ -28,7 +29,11 @@ def quickstart(tmp_path):
     def run(*arguments: str, **environment: str) -> str:
         command = ["bash", "scripts/quickstart.sh", *arguments]
         subprocess.run(command, cwd=tmp_path, env={**os.environ, **environment}, check=True, timeout=60)
-        return (tmp_path / "calls").read_text().strip()
+        *before, last = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").unlink()
+        wanted = re.compile(r" scripts/sample_data --tier small (--bpe 2048|--teacher) --out ")
+        assert before and all(map(wanted.search, before))
+        return last
 
     return run
 

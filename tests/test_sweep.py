@@ -207,9 +207,13 @@ EXPERIMENTS = [path for path in sorted((ROOT / "yamls").glob("*/*.yaml")) if "ar
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_the_experiments_here_are_whole(path):
     """Every arm takes what its algorithms take, and compares with a teacher that the file trains or that is made."""
-    for job in sweep.plan(sweep.read(path), [17]):
+    experiment = sweep.read(path)
+    for job in sweep.plan(experiment, [17]):
         for options in read_methods(job.config).values():
             assert job.needs or options.teacher == "data/offline/smollm2-135m", job.name
+        for teacher in job.needs.values():  # exports itself to where the arm looks
+            export = teacher.config.callbacks.hf_checkpointer
+            assert (export.save_folder, export.huggingface_folder_name) == (experiment.runs, teacher.name)
 
 
 @pytest.mark.slow

@@ -124,19 +124,21 @@ def test_no_such_teacher(monkeypatch, tmp_path, name, message):
 def test_a_hub_model_is_fetched_as_far_as_it_is_needed_or_is_what_the_cache_has(teacher_folder, monkeypatch, caplog):
     snapshot = Mock(return_value=teacher_folder)
     files = ["config.json", "model.safetensors", "README.md"]
-    answers = Mock(side_effect=[files, files, ConnectionError("no network")])
+    answers = Mock(side_effect=[files, files, ConnectionError("no network"), [*files, "merges.txt"]])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("let_composer.pretrained.snapshot_download", snapshot)
     monkeypatch.setattr("let_composer.pretrained.HfApi.list_repo_files", answers)
     build_body("owner/planned")
-    snapshot.assert_called_with(repo_id="owner/planned", revision=None, allow_patterns=["config.json"])
+    assert snapshot.call_args.kwargs["allow_patterns"] == ["config.json"]
     assert Teacher("owner/trained@main").fingerprint == Teacher(teacher_folder).fingerprint
-    snapshot.assert_called_with(
-        repo_id="owner/trained", revision="main", allow_patterns=["model.safetensors", "config.json"]
-    )
+    given = {"repo_id": "owner/trained", "revision": "main", "allow_patterns": ["model.safetensors", "config.json"]}
+    assert snapshot.call_args.kwargs.items() >= given.items()
     Teacher("owner/cached")
-    snapshot.assert_called_with(repo_id="owner/cached", revision=None, local_files_only=True)
+    assert snapshot.call_args.kwargs.items() >= {"repo_id": "owner/cached", "local_files_only": True}.items()
     assert "'owner/cached' could not be downloaded, the hub's cache is used: no network" in caplog.text
+    snapshot.side_effect = [ConnectionError("cut"), teacher_folder]
+    with pytest.raises(ValueError, match=r"'owner/cut' came in part, without merges.txt \(cut\). Start again"):
+        Teacher("owner/cut")
 
 
 def test_incomplete_weights_are_refused(teacher_folder, tmp_path):

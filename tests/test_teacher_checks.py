@@ -223,8 +223,10 @@ def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_none(copied):
 
 
 def test_what_is_downloaded():
-    texts = ["config.json", "tokenizer.json", "code.py", "merges.txt"]
+    texts = ["config.json", "tokenizer.json", "code.py", "merges.txt", "own.vocab"]
     extra = ["onnx/model.safetensors", "flax_model.msgpack", "consolidated.safetensors", "README.md"]
     safe = ["model-00001-of-2.safetensors", "model-00002-of-2.safetensors"]
     assert wanted([*texts, *extra, *safe, "pytorch_model.bin"]) == [*safe, *texts]
     assert wanted([*texts, "pytorch_model.bin", "training_args.bin"]) == ["pytorch_model.bin", *texts]
+    other = ["model.safetensors.index.json", "weights-1-of-1.safetensors"]
+    assert wanted([*other, "adapter_model.safetensors"]) == [other[1], other[0]]

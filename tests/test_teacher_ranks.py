@@ -20,6 +20,7 @@ def start(teacher: str, out: str) -> dict[str, Any]:
     for name, words, message in (
         (teacher if rank < 2 else f"{out}/other", vocabulary, r"the same teacher on .*\(ranks 0, 1 .*; ranks 2, 3 "),
         (teacher if rank < 2 else "./nowhere", vocabulary, "there is no teacher at './nowhere'"),
+        (teacher if rank != 3 else "./nowhere", vocabulary, "there is no teacher at './nowhere'"),
         (f"{out}/broken", vocabulary, "weights that are NaN or infinite"),  # only the first rank of a node checks
         (teacher, {0: "x"}, "has another vocabulary"),
     ):

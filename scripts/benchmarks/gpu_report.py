@@ -6,7 +6,8 @@
 Each part is a program of its own with a time limit. What it leaves in OUT is kept, and a part that has succeeded with
 these sources on this device is not run again. The loss benchmark and the evidence go on where they were cut off. After
 every part OUT/report.md, OUT/report.json and the archive are rewritten; carry the archive to the next machine, and the
-same command goes on there. The evidence needs the data that yamls/evidence/evidence_125m.yaml tells how to make.
+same command goes on there. It has no weights, so the evidence begins anew there. The evidence needs the data that
+yamls/evidence/evidence_125m.yaml tells how to make.
 """
 
 import argparse
@@ -31,6 +32,7 @@ DATA = Path("data/evidence/shards")  # of yamls/evidence/evidence_125m.yaml
 LIMIT = 420  # seconds for a part, so that one that hangs does not take all the time
 REST = "evidence-125m"  # the last part has no such limit: it fills whatever time is left
 GRACE = 20  # seconds between asking a part to end and ending it
+LOCAL = ("/huggingface", ".done", ".begun")  # left out of the archive: weights are too large, and marks need them
 # Without flash-attn, as on machines that offer nothing but the stack's pure Python parts.
 PLAIN = "variables.attention=torch variables.loss_fn=torch_crossentropy"
 SMALL = (
@@ -113,7 +115,13 @@ def run(command: str, log: Path, seconds: float) -> dict[str, Any]:
     limited = ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(seconds - GRACE), sys.executable]
     limited += shlex.split(command)
     with open(log, "w") as file:
-        status = subprocess.run(limited, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(limited, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        status = process.wait()
+    except BaseException:  # Ctrl-C does not reach what timeout has started, but this does
+        process.terminate()
+        process.wait()
+        raise
     return {
         "command": f"python {command}",
         "exit": status,
@@ -142,7 +150,7 @@ def save(out: Path, report: dict[str, Any], names: Iterable[str], archive: Path 
     if archive:
         partial = archive.with_name(f"{archive.name}.partial")
         with tarfile.open(partial, "w:gz") as file:
-            file.add(out, arcname=".", filter=lambda info: None if "huggingface" in info.name else info)
+            file.add(out, arcname=".", filter=lambda info: info if not info.name.endswith(LOCAL) else None)
         partial.replace(archive)
 
 
@@ -174,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     stored, about = out / "report.json", machine()
     report = json.loads(stored.read_text()) if stored.exists() else {"machine": {}}
-    if report["machine"] | {"date": about["date"]} != about:
+    if not isinstance(report, dict) or report["machine"] | {"date": about["date"]} != about:
         report = {"machine": about, "parts": {}}
     results, end = report["parts"], time.time() + 60 * args.minutes
     for name in todo:

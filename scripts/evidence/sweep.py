@@ -103,7 +103,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), runs: str | None = Non
         ValueError: If keys are missing or unknown, or a table names an arm that is not there.
     """
     experiment = om.create({"settings": {}, "teachers": {}, "overview": {}})
-    experiment.merge_with(read_yaml(str(path)))
+    experiment.merge_with({key: value for key, value in read_yaml(str(path)).items() if value is not None})
     if (keys := set(experiment)) != KEYS:
         wrong = ", ".join(map(str, sorted(keys ^ KEYS)))
         raise ValueError(f"expected {path} to have the keys {', '.join(sorted(KEYS))}; missing or unknown: {wrong}.")
