@@ -87,10 +87,10 @@ def _fetch(name: str, weights: bool) -> Path:
         files = files if weights else [file for file in files if not file.endswith(_NOT_READ)]
         return Path(snapshot_download(**repo, allow_patterns=files))
     except Exception as error:
-        cached = Path()
+        cached = None
         with contextlib.suppress(OSError, ValueError):
             cached = Path(snapshot_download(**repo, local_files_only=True))
-        if cached == Path():
+        if cached is None:
             raise _missing(name, error) from error
         if lacking := [file for file in files if not (cached / file).exists()]:
             came = f"teacher {name!r} came in part, without {', '.join(lacking)} ({error})"

@@ -182,7 +182,7 @@ def _depth(model: nn.Module) -> int | None:
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by their paths without the names of wrappers; of what is wrapped the outermost object."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):  # a wrapper comes before what it holds
+    for name, module in model.named_modules():  # a wrapper comes before what it holds
         found.setdefault(".".join(part for part in name.split(".") if part not in _WRAPPED), module)
     return found
 
